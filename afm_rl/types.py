@@ -1,0 +1,137 @@
+"""Every message and record of the system, as frozen dataclasses (floor 1: imported by everyone, imports nothing of ours).
+
+Shapes: P prompts, G responses per prompt, T tokens. Arrays are NumPy, so that a message crosses a Ray border without a copy.
+Grades and preference levels follow appendix E.1 of the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+#: Preference levels of E.1, by index: how much better the chosen response is.
+LEVELS = ("negligibly", "slightly", "better", "significantly")
+#: The four single-sided gradings of E.1, in the order of the reward model's heads.
+GRADINGS = ("instruction_following", "verbosity", "truthfulness", "harmlessness")
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a policy answers. `checks` are declarative ground truth (see `afm_rl/data/checks.py`); may be empty."""
+
+    id: str
+    messages: tuple[Message, ...]
+    kind: str = "general"
+    checks: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A prompt and the response to imitate (4.1)."""
+
+    prompt: Prompt
+    response: str
+
+
+@dataclass(frozen=True)
+class Grades:
+    """Single-sided grades of one response (E.1), each a class 0..2.
+
+    instruction_following, truthfulness, harmlessness: 0 major issue, 1 minor issue, 2 no issue.
+    verbosity: 0 too verbose, 1 too short, 2 just right.
+    """
+
+    instruction_following: int
+    verbosity: int
+    truthfulness: int
+    harmlessness: int
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One annotated pair (E.1): `level` indexes LEVELS; `source` says who judged (simulated, human, judge, a file)."""
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    level: int
+    chosen_grades: Grades
+    rejected_grades: Grades
+    annotator: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two committee responses to one prompt, waiting for an annotator; the policy names never reach one."""
+
+    prompt: Prompt
+    response_a: str
+    response_b: str
+    policy_a: str
+    policy_b: str
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """Ask a sampler for `num_responses` responses to one tokenised prompt.
+
+    temperature 0 is greedy. Response j draws from the random stream (seed, j), whatever shares its batch.
+    """
+
+    id: str
+    prompt_T: np.ndarray  # [T] int32
+    num_responses: int = 1
+    max_tokens: int = 64
+    temperature: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Group:
+    """The G responses of one request, with what the sampler knew: its own log-probabilities and its policy's version."""
+
+    id: str
+    prompt_T: np.ndarray  # [T] int32
+    responses: tuple[np.ndarray, ...]  # G x [T_g] int32, the end-of-sequence token included when it was sampled
+    logps: tuple[np.ndarray, ...]  # G x [T_g] float32, log p of each token at the sampling temperature
+    finished: tuple[bool, ...]  # G; False: cut at max_tokens
+    policy: str
+    version: int
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """A group with its rewards; `valid_G` False marks a response whose reward could not be computed."""
+
+    group: Group
+    reward_G: np.ndarray  # [G] float32
+    valid_G: np.ndarray  # [G] bool
+    components: Mapping[str, np.ndarray] = field(default_factory=dict)  # name -> [G] float32
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A parameter tree in flight: one flat buffer per dtype, how to cut it up again, and a digest of the bytes.
+
+    bfloat16 travels as uint16. `layout` rows: (path, dtype, shape, offset in elements).
+    """
+
+    policy: str
+    version: int
+    buffers: Mapping[str, np.ndarray]
+    layout: tuple[tuple[str, str, tuple[int, ...], int], ...]
+    digest: str

@@ -1,0 +1,155 @@
+"""Where an actor lives: handles that a stage calls, in this process (inline) or in a Ray actor, with the same face.
+
+Roles are plain classes. A `Host` owns one instance and keeps what the report shows of it (busy seconds, calls, peak
+memory). `Handle.submit(method, ...)` starts a call, `gather` waits for several with a deadline that names what it waited
+for: no call of the system waits for ever.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+#: Seconds a call may take before the wait for it is an error; generous, because a first call compiles.
+DEFAULT_DEADLINE_S = 600.0
+
+
+class DeadlineError(TimeoutError):
+    """A wait for actors passed its deadline."""
+
+
+@dataclass(frozen=True)
+class ActorStats:
+    """What one actor did since it started."""
+
+    name: str
+    role: str
+    busy_s: float
+    calls: int
+    peak_mib: float
+
+
+class Host:
+    """Owns one plain actor object and times its calls. Under Ray this class is what becomes the actor."""
+
+    def __init__(self, name: str, role: type, kwargs: dict[str, Any]) -> None:
+        self._name, self._role = name, role
+        self._actor = role(**kwargs)
+        self._busy_s, self._calls = 0.0, 0
+
+    def run(self, method: str, kwargs: dict[str, Any], *args: Any) -> Any:
+        """Run one method of the actor. Positional, because Ray resolves only top-level references among arguments."""
+        start = time.perf_counter()
+        try:
+            return getattr(self._actor, method)(*args, **kwargs)
+        finally:
+            self._busy_s += time.perf_counter() - start
+            self._calls += 1
+
+    def stats(self) -> ActorStats:
+        """Busy time, calls, and the process's peak resident memory."""
+        peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return ActorStats(self._name, self._role.__name__, round(self._busy_s, 2), self._calls, round(peak_mib, 1))
+
+
+class Pending(Protocol):
+    """A call under way."""
+
+    what: str
+
+    def result(self, timeout_s: float) -> Any:
+        """Its value, or its exception, or TimeoutError."""
+
+
+class Handle(Protocol):
+    """One actor of the topology."""
+
+    name: str
+
+    def submit(self, method: str, *args: Any, **kwargs: Any) -> Pending:
+        """Start a call and return at once."""
+
+    def stats(self) -> ActorStats:
+        """What the actor did so far."""
+
+
+class InlineHandle:
+    """The actor lives in this process; a call runs when it is submitted."""
+
+    def __init__(self, name: str, role: type, kwargs: dict[str, Any]) -> None:
+        self.name = name
+        self._host = Host(name, role, kwargs)
+
+    def submit(self, method: str, *args: Any, **kwargs: Any) -> Pending:
+        args = tuple(a.result(DEFAULT_DEADLINE_S) if isinstance(a, _Done) else a for a in args)
+        return _Done(f"{self.name}.{method}", self._host.run(method, kwargs, *args))
+
+    def stats(self) -> ActorStats:
+        return self._host.stats()
+
+
+@dataclass(frozen=True)
+class _Done:
+    what: str
+    value: Any
+
+    def result(self, timeout_s: float) -> Any:  # noqa: ARG002 (the face of Pending; an inline call has already ended)
+        return self.value
+
+
+class RayHandle:
+    """The actor is a named Ray actor; arguments that are themselves pending calls travel as object references."""
+
+    def __init__(self, name: str, actor: Any) -> None:
+        self.name = name
+        self._actor = actor
+
+    def submit(self, method: str, *args: Any, **kwargs: Any) -> Pending:
+        # A reference only travels without passing through this process when it is a top-level argument.
+        refs = [a.ref if isinstance(a, _RayPending) else a for a in args]
+        call = self._actor.run.options(name=f"{self.name}.{method}")
+        return _RayPending(f"{self.name}.{method}", call.remote(method, kwargs, *refs))
+
+    def stats(self) -> ActorStats:
+        return _RayPending(f"{self.name}.stats", self._actor.stats.remote()).result(30.0)
+
+
+@dataclass(frozen=True)
+class _RayPending:
+    what: str
+    ref: Any
+
+    def result(self, timeout_s: float) -> Any:
+        import ray
+
+        try:
+            return ray.get(self.ref, timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError as error:
+            raise TimeoutError(str(error)) from error
+
+
+def gather(pending: Sequence[Pending], *, deadline_s: float = DEFAULT_DEADLINE_S) -> list[Any]:
+    """The results of several calls, in order. Raises DeadlineError naming the first call that was late."""
+    end = time.monotonic() + deadline_s
+    results = []
+    for call in pending:
+        try:
+            results.append(call.result(max(0.0, end - time.monotonic())))
+        except TimeoutError as error:
+            raise DeadlineError(f"waited {deadline_s:.0f} s for {call.what}, which has not answered") from error
+    return results
+
+
+def call(handle: Handle, method: str, *args: Any, deadline_s: float = DEFAULT_DEADLINE_S, **kwargs: Any) -> Any:
+    """One call, waited for."""
+    return gather([handle.submit(method, *args, **kwargs)], deadline_s=deadline_s)[0]
+
+
+def spread(handles: Sequence[Handle], items: Sequence[Any]) -> list[tuple[Handle, Sequence[Any]]]:
+    """Cut `items` into one contiguous share per handle; the cut depends on the counts alone, so it is reproducible."""
+    size = -(-len(items) // len(handles))
+    shares = [(handle, items[i * size : (i + 1) * size]) for i, handle in enumerate(handles)]
+    return [(handle, share) for handle, share in shares if len(share)]

@@ -1,0 +1,240 @@
+"""The learner: a shell over `afm_rl/training.py` that trains any objective, job after job, and checkpoints as it goes.
+
+A `TrainingJob` says what to train, from which policy folder, against which frozen ones, with which optimizer. `begin`
+restores the job's newest whole checkpoint, so that a restarted learner continues where the last commit was; batches are a
+function of the step alone (see `afm_rl/packing.py`), which makes the continuation exact. The MDLOO update (section 9 of the
+specification) lives here too, because all three log-probabilities must come from the learner's own program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from actors.artifacts import load_artifact, save_artifact
+from afm_rl import checkpoint
+from afm_rl.config import ModelConfig
+from afm_rl.lora import init_lora
+from afm_rl.model import init_params
+from afm_rl.objectives.mdloo import leave_one_out, shaped_reward
+from afm_rl.packing import Batch, Example, pad
+from afm_rl.policy_losses import adapter_view, build, full_view, response_logps
+from afm_rl.recipe import OptimizerSpec
+from afm_rl.reward_model import init_heads
+from afm_rl.training import TrainState, create_state, make_train_step, to_floats
+from afm_rl.types import ScoredGroup, Weights
+from afm_rl.weights import flatten
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """Train LoRA adapters of this rank over the frozen base, from `init` (an adapter folder) or from zero."""
+
+    rank: int
+    alpha: float
+    init: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """One training task. Folders are policy folders (Hugging Face layout), reward models or packages.
+
+    `init` None starts from random weights of `config`; `frozen` maps a role (reference, teacher, base) to a folder.
+    `part` picks what is trained: "policy", "reward" (the trunk with fresh heads unless `init` is a reward model) or "adapter".
+    """
+
+    task: str
+    objective: str
+    optimizer: OptimizerSpec
+    checkpoint_folder: str
+    config: ModelConfig | None = None
+    init: str | None = None
+    frozen: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    part: str = "policy"
+    adapter: AdapterSpec | None = None
+    checkpoint_every: int = 100
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class MdlooSettings:
+    """The constants of one MDLOO iteration (4.3.3, E.2)."""
+
+    beta: float
+    inner_steps: int
+    temperature: float
+
+
+class Learner:
+    """One process of the learner group. Construct once, then `begin` a job, `train` it, `export` what came out."""
+
+    def __init__(self, *, compute_dtype: str = "float32") -> None:
+        self._dtype = compute_dtype
+        self._job: TrainingJob | None = None
+        self._state: TrainState | None = None
+        self._frozen: dict[str, Any] = {}
+        self.config: ModelConfig | None = None
+
+    def begin(self, job: TrainingJob) -> int:
+        """Set the job up, from its newest checkpoint where one exists; returns the step (or iteration) to go on from."""
+        loaded = load_artifact(job.init) if job.init else None
+        config = loaded.config if loaded else job.config
+        if config is None:
+            raise ValueError(f"training job {job.task!r} has neither a policy to start from nor a model configuration")
+        frozen = {role: load_artifact(folder) for role, folder in job.frozen.items()}
+        self._frozen = {role: jax.tree.map(jnp.asarray, artifact.params) for role, artifact in frozen.items()}
+        options: dict[str, Any] = {"compute_dtype": self._dtype, **job.options}
+        if "teacher" in frozen:
+            options["teacher_config"] = frozen["teacher"].config
+        key = jax.random.key(job.seed)
+        params = loaded.params if loaded else init_params(config, key)
+        view = full_view
+        if job.part == "reward":
+            params = params if "heads" in params else {"trunk": params, "heads": init_heads(config, key)}
+        elif job.part == "adapter":
+            if job.adapter is None:
+                raise ValueError(f"training job {job.task!r} trains an adapter but names no rank")
+            self._frozen["base"] = jax.tree.map(jnp.asarray, params)
+            params = _start_adapter(job.adapter, config, key)
+            view = adapter_view(alpha=job.adapter.alpha, rank=job.adapter.rank)
+        optimizer = job.optimizer.build(width=config.dim)
+        self._step = make_train_step(build(job.objective, config, options, view=view), optimizer, seed=job.seed)
+        self._job, self.config = job, config
+        self._logps = jax.jit(self._log_probs, static_argnames="temperature")
+        self._state = create_state(params, optimizer)
+        return self._restore()
+
+    def train(self, batches: Sequence[Batch]) -> list[dict[str, float]]:
+        """One optimizer step per batch, a checkpoint where one is due; metrics of every step."""
+        job, metrics = self._require_job(), []
+        for batch in batches:
+            self._state, step_metrics = self._step(self._require_state(), self._frozen, batch)
+            metrics.append(step_metrics)
+            done = int(self._state.step)
+            if done % job.checkpoint_every == 0:
+                self.save(done)
+        return [to_floats(m) for m in metrics]
+
+    def log_probs(self, batch: Batch, which: str = "current", temperature: float = 1.0) -> np.ndarray:
+        """log p of the targets [B, T] under the trained parameters ("current") or a frozen tree (its role)."""
+        params = self._require_state().params if which == "current" else self._frozen[which]
+        return np.asarray(self._logps(params, batch, temperature=temperature))
+
+    def update_mdloo(self, iteration: int, groups: Sequence[ScoredGroup], settings: MdlooSettings) -> dict[str, float]:
+        """One policy-update stage over n x K responses sampled from the current parameters (theta_k).
+
+        R = r - beta * log(pi_theta_k / pi_ref), frozen over the inner steps; leave-one-out inside a prompt's group; then
+        `inner_steps` steps of Eq. 9. Groups with fewer than two valid responses do not count. Raises ValueError when no
+        group is left.
+        """
+        batch, reward_PG, valid_PG = responses_batch(groups)
+        behavior_logp_BT = self.log_probs(batch, temperature=settings.temperature)
+        ref_logp_BT = self.log_probs(batch, "reference", temperature=settings.temperature)
+        shape = reward_PG.shape
+        kl_ref_B = behavior_logp_BT.sum(-1) - ref_logp_BT.sum(-1)
+        total_PG = shaped_reward(
+            reward_PG,
+            behavior_logp_BT.sum(-1).reshape(shape),
+            ref_logp_BT.sum(-1).reshape(shape),
+            beta=settings.beta,
+        )
+        usable_P = valid_PG.sum(-1) >= 2
+        if not usable_P.any():
+            raise ValueError("no group has two valid responses: every reward of this iteration failed")
+        advantage_PG = np.asarray(leave_one_out(total_PG, valid_PG))
+        counted_B = (valid_PG & usable_P[:, None]).reshape(-1)
+        batch["mask_BT"] = batch["mask_BT"] * counted_B[:, None]
+        batch |= {
+            "behavior_logp_BT": behavior_logp_BT * counted_B[:, None],
+            "advantage_B": advantage_PG.reshape(-1).astype(np.float32),
+            "num_sequences": np.float32(counted_B.sum()),
+        }
+        for _ in range(settings.inner_steps):
+            self._state, device_metrics = self._step(self._require_state(), self._frozen, batch)
+        if (iteration + 1) % self._require_job().checkpoint_every == 0:
+            self.save(iteration + 1)
+        sampler_logp_B = np.array([logp.sum() for g in groups for logp in g.group.logps])
+        return {
+            **to_floats(device_metrics),
+            "reward": float(reward_PG[valid_PG].mean()),
+            "kl_to_reference": float(kl_ref_B[counted_B].mean()),
+            "advantage_std": float(advantage_PG[valid_PG].std()),
+            "logp_mismatch": float(np.abs(sampler_logp_B - behavior_logp_BT.sum(-1)).max()),
+            "response_tokens": float(np.mean([len(r) for g in groups for r in g.group.responses])),
+            "groups_dropped": float((~usable_P).sum()),
+        }
+
+    def save(self, step: int) -> None:
+        """Commit a checkpoint of the job at `step` (for MDLOO: iterations done)."""
+        job = self._require_job()
+        checkpoint.save(
+            Path(job.checkpoint_folder), step=step, tree=self._require_state(), metadata={"task": job.task, "step": step}
+        )
+
+    def publish(self, policy: str, version: int) -> Weights:
+        """The trained parameters as flat buffers, for the weight store."""
+        return flatten(jax.tree.map(np.asarray, self._require_state().params), policy=policy, version=version)
+
+    def export(self, folder: str, tokenizer_folder: str | None = None) -> None:
+        """Write what was trained as a policy folder, a reward model or an adapter."""
+        job, params = self._require_job(), jax.tree.map(np.asarray, self._require_state().params)
+        assert self.config is not None
+        save_artifact(Path(folder), params, self.config, adapter=job.adapter, tokenizer_folder=tokenizer_folder)
+
+    def _restore(self) -> int:
+        job = self._require_job()
+        found = checkpoint.latest(Path(job.checkpoint_folder))
+        if found is None:
+            return 0
+        if found.metadata["task"] != job.task:
+            raise ValueError(f"{found.folder}: a checkpoint of task {found.metadata['task']!r}, not {job.task!r}")
+        self._state = jax.tree.map(jnp.asarray, checkpoint.restore(found, like=self._require_state()))
+        return int(found.metadata["step"])
+
+    def _log_probs(self, params: Any, batch: Batch, temperature: float) -> jax.Array:
+        assert self.config is not None
+        return response_logps(
+            params, batch, config=self.config, compute_dtype=jnp.dtype(self._dtype), temperature=temperature
+        )
+
+    def _require_job(self) -> TrainingJob:
+        if self._job is None:
+            raise RuntimeError("the learner has no job: call begin() first")
+        return self._job
+
+    def _require_state(self) -> TrainState:
+        if self._state is None:
+            raise RuntimeError("the learner has no state: call begin() first")
+        return self._state
+
+
+def responses_batch(groups: Sequence[ScoredGroup], *, pad_id: int = 0) -> tuple[Batch, np.ndarray, np.ndarray]:
+    """Groups of equal size as one right-padded batch of P x G rows, rewards and validity [P, G]."""
+    sizes = {len(g.group.responses) for g in groups}
+    if len(sizes) != 1:
+        raise ValueError(f"groups of different sizes in one batch: {sorted(sizes)}")
+    examples = [
+        Example(np.concatenate([g.group.prompt_T, response]), first_target=len(g.group.prompt_T))
+        for g in groups
+        for response in g.group.responses
+    ]
+    reward_PG = np.stack([np.where(g.valid_G, g.reward_G, 0.0) for g in groups]).astype(np.float64)
+    return pad(examples, pad_id=pad_id), reward_PG, np.stack([g.valid_G for g in groups])
+
+
+def _start_adapter(spec: AdapterSpec, config: ModelConfig, key: jax.Array) -> Any:
+    if spec.init is None:
+        return init_lora(config, spec.rank, key)
+    found = load_artifact(spec.init)
+    if found.adapter is None or found.adapter.rank != spec.rank:
+        raise ValueError(f"{spec.init}: not an adapter of rank {spec.rank}")
+    return found.params
+
+

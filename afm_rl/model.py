@@ -1,0 +1,256 @@
+"""The Transformer of section 2: tied embedding, pre-norm RMSNorm, QK-norm, grouped-query attention, SwiGLU, RoPE, no biases.
+
+The parameters are a nested dict of arrays, layers stacked on axis 0, projections stored [out, in]; one declaration per
+parameter (`param_specs`) gives its shape and initialisation. QK-norm comes before RoPE on half-split pairs: the order of
+Hugging Face's Qwen3, taken for exact interchange, where axlearn normalises after RoPE on interleaved pairs.
+
+Shapes: B batch, T time, D model, F ffn, N query heads, K kv heads, H head dim, V vocab, L layers, P prompts, G responses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from afm_rl.attention import causal_attention, decode_attention
+from afm_rl.config import ModelConfig
+from afm_rl.lora import LoraWeight
+from afm_rl.quantized import Int8Embedding, PalettizedWeight
+
+Params = dict[str, Any]
+
+#: Up to this depth the layers are unrolled: faster on CPU, at the price of compile time.
+MAX_UNROLLED_LAYERS = 8
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """Shape of one parameter and how it starts: normal with `std`, or ones where `std` is None."""
+
+    shape: tuple[int, ...]
+    std: float | None
+
+
+class KVCache(NamedTuple):
+    """Per layer: prompt keys/values [P, S, K, H], stored once for the G responses, and response ones [P, G, T, K, H]."""
+
+    prompt_k: tuple[jax.Array, ...]
+    prompt_v: tuple[jax.Array, ...]
+    response_k: tuple[jax.Array, ...]
+    response_v: tuple[jax.Array, ...]
+
+
+def param_specs(config: ModelConfig) -> Params:
+    """Every parameter of the model. Init: normal, std 1/sqrt(fan_in); embedding std 1/sqrt(dim) (axlearn); norms 1."""
+    L, D, F, V, H = config.num_layers, config.dim, config.ffn_dim, config.vocab_size, config.head_dim
+    q_dim, kv_dim = config.num_heads * H, config.num_kv_heads * H
+
+    def projection(out: int, fan_in: int) -> ParamSpec:
+        return ParamSpec((L, out, fan_in), fan_in**-0.5)
+
+    specs: Params = {
+        "embed": {"weight": ParamSpec((V, D), D**-0.5)},
+        "layers": {
+            "attn_norm": ParamSpec((L, D), None),
+            "q": projection(q_dim, D),
+            "k": projection(kv_dim, D),
+            "v": projection(kv_dim, D),
+            "o": projection(D, q_dim),
+            "q_norm": ParamSpec((L, H), None),
+            "k_norm": ParamSpec((L, H), None),
+            "mlp_norm": ParamSpec((L, D), None),
+            "gate": projection(F, D),
+            "up": projection(F, D),
+            "down": projection(D, F),
+        },
+        "final_norm": ParamSpec((D,), None),
+    }
+    if not config.tie_embeddings:
+        specs["lm_head"] = {"weight": ParamSpec((V, D), D**-0.5)}
+    return specs
+
+
+def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+    """Fresh parameters, one key per leaf in the tree's order."""
+    specs, tree = jax.tree.flatten(param_specs(config), is_leaf=lambda x: isinstance(x, ParamSpec))
+    keys = jax.random.split(key, len(specs))
+
+    def start(spec: ParamSpec, key: jax.Array) -> jax.Array:
+        if spec.std is None:
+            return jnp.ones(spec.shape, dtype)
+        return spec.std * jax.random.normal(key, spec.shape, dtype)
+
+    return jax.tree.unflatten(tree, [start(s, k) for s, k in zip(specs, keys, strict=True)])
+
+
+def dense(x: jax.Array, weight: Any) -> jax.Array:
+    """x[..., in] -> [..., out]: the one product of every projection; dispatches on the leaf (plain, LoRA, palettized)."""
+    if isinstance(weight, LoraWeight):
+        low_rank = dense(dense(x, weight.a), weight.b)
+        return dense(x, weight.base) + (weight.scale * low_rank).astype(x.dtype)
+    if isinstance(weight, PalettizedWeight):
+        weight = weight.dequantize()
+    return jax.lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def embedding_table(params: Params, name: str = "embed") -> jax.Array:
+    """The [V, D] table of `embed` or `lm_head`, dequantised where it is stored as int8."""
+    weight = params[name]["weight"]
+    return weight.dequantize() if isinstance(weight, Int8Embedding) else weight
+
+
+def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * gain over the last axis, in float32."""
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * scale * gain).astype(x.dtype)
+
+
+def rope(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
+    """Rotary embedding on half-split pairs. x [..., heads, H], positions [...] (the axes of x before heads)."""
+    half = x.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions.astype(jnp.float32)[..., None, None] * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Inverted dropout; the identity at rate 0 or without a key."""
+    if rate == 0.0 or key is None:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+def block(
+    x: jax.Array,
+    layer: Params,
+    *,
+    config: ModelConfig,
+    positions: jax.Array,
+    attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]],
+    dropout_rate: float = 0.0,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:
+    """One layer. `attend(q, k, v)` gives the mixed values and whatever the caller wants to carry out (a cache)."""
+    attn_key, mlp_key = jax.random.split(key) if key is not None else (None, None)
+    H, lead = config.head_dim, x.shape[:-1]
+    with jax.named_scope("attention"):
+        h = rms_norm(x, layer["attn_norm"], config.norm_eps)
+        q = dense(h, layer["q"]).reshape(*lead, config.num_heads, H)
+        k = dense(h, layer["k"]).reshape(*lead, config.num_kv_heads, H)
+        v = dense(h, layer["v"]).reshape(*lead, config.num_kv_heads, H)
+        q = rope(rms_norm(q, layer["q_norm"], config.norm_eps), positions, config.rope_base)
+        k = rope(rms_norm(k, layer["k_norm"], config.norm_eps), positions, config.rope_base)
+        mixed, carry = attend(q, k, v)
+        x = x + dropout(dense(mixed.reshape(*lead, config.num_heads * H), layer["o"]), dropout_rate, attn_key)
+    with jax.named_scope("mlp"):
+        h = rms_norm(x, layer["mlp_norm"], config.norm_eps)
+        h = jax.nn.silu(dense(h, layer["gate"])) * dense(h, layer["up"])
+        if "ffn_mask" in layer:  # Soft-Top-K masks over the FFN hidden units while they are being learnt (3.2.1, pruning)
+            h = h * layer["ffn_mask"].astype(h.dtype)
+        return x + dropout(dense(h, layer["down"]), dropout_rate, mlp_key), carry
+
+
+def forward(
+    params: Params,
+    tokens_BT: jax.Array,
+    *,
+    config: ModelConfig,
+    positions_BT: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
+    compute_dtype: Any = jnp.float32,
+    dropout_rate: float = 0.0,
+    key: jax.Array | None = None,
+    keep_cache: bool = False,
+) -> tuple[jax.Array, Any]:
+    """Whole sequences -> (hidden_BTD after the final norm, keys and values [L, B, T, K, H] if `keep_cache` else None)."""
+    T = tokens_BT.shape[1]
+    positions = jnp.broadcast_to(jnp.arange(T), tokens_BT.shape) if positions_BT is None else positions_BT
+    embed_key, layers_key = jax.random.split(key) if key is not None and dropout_rate > 0 else (None, None)
+    x = jnp.take(embedding_table(params), tokens_BT, axis=0).astype(compute_dtype)
+    x = dropout(x, dropout_rate, embed_key)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+        return causal_attention(q, k, v, segments_BT=segments_BT), ((k, v) if keep_cache else None)
+
+    def body(x: jax.Array, layer_and_key: Any) -> tuple[jax.Array, Any]:
+        layer, layer_key = layer_and_key
+        return block(
+            x,
+            layer,
+            config=config,
+            positions=positions,
+            attend=attend,
+            dropout_rate=dropout_rate,
+            key=layer_key,
+        )
+
+    L = config.num_layers
+    keys = jax.random.split(layers_key, L) if layers_key is not None else None
+    x, cache = jax.lax.scan(body, x, (params["layers"], keys), unroll=L if L <= MAX_UNROLLED_LAYERS else 1)
+    return rms_norm(x, params["final_norm"], config.norm_eps), cache
+
+
+def logits(params: Params, hidden: jax.Array, config: ModelConfig) -> jax.Array:
+    """hidden [..., D] -> float32 logits [..., V] through the tied (or own) output table."""
+    table = embedding_table(params, "embed" if config.tie_embeddings else "lm_head")
+    return dense(hidden, table).astype(jnp.float32)
+
+
+def decode_step(
+    params: Params,
+    tokens_PG: jax.Array,
+    cache: KVCache,
+    *,
+    config: ModelConfig,
+    prompt_length_P: jax.Array,
+    step: jax.Array,
+) -> tuple[jax.Array, KVCache]:
+    """Token number `step` of every response -> (float32 logits_PGV for the next one, cache with its keys and values)."""
+    positions_PG = jnp.broadcast_to(prompt_length_P[:, None] + step, tokens_PG.shape)
+    x = jnp.take(embedding_table(params), tokens_PG, axis=0).astype(cache.prompt_k[0].dtype)
+    visible_PS = jnp.arange(cache.prompt_k[0].shape[1]) < prompt_length_P[:, None]
+    response_k, response_v = list(cache.response_k), list(cache.response_v)
+    for index in range(config.num_layers):
+        layer = jax.tree.map(lambda leaf, i=index: leaf[i], params["layers"])
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, i: int = index) -> tuple[jax.Array, Any]:
+            all_k = jax.lax.dynamic_update_slice_in_dim(response_k[i], k[:, :, None], step, axis=2)
+            all_v = jax.lax.dynamic_update_slice_in_dim(response_v[i], v[:, :, None], step, axis=2)
+            mixed = decode_attention(
+                q,
+                cache.prompt_k[i],
+                cache.prompt_v[i],
+                all_k,
+                all_v,
+                prompt_visible_PS=visible_PS,
+                step=step,
+            )
+            return mixed, (all_k, all_v)
+
+        x, (response_k[index], response_v[index]) = block(
+            x, layer, config=config, positions=positions_PG, attend=attend
+        )
+    hidden = rms_norm(x, params["final_norm"], config.norm_eps)
+    cache = cache._replace(response_k=tuple(response_k), response_v=tuple(response_v))
+    return logits(params, hidden, config), cache
+
+
+class Transformer(nnx.Module):
+    """The model as one object: configuration, parameters and `model(tokens_BT)` -> float32 logits_BTV."""
+
+    def __init__(self, config: ModelConfig, params: Params) -> None:
+        self.config = config
+        self.params = nnx.data(params)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        hidden_BTD, _ = forward(self.params, tokens_BT, config=self.config)
+        return logits(self.params, hidden_BTD, self.config)

@@ -1,0 +1,205 @@
+"""From a batch to a scalar: the model's forward pass joined to each objective of `afm_rl/objectives/`.
+
+Every builder returns a `training.LossFn`: loss(params, frozen, batch, key). What is trained need not be the whole model:
+`view` turns (trained parameters, frozen trees) into the parameters the model runs with - the identity for full training,
+`adapter_view` for LoRA over a frozen base, `masked_view` for FFN masks that are being learnt.
+
+Shapes: B batch, T time, V vocab. Preference batches hold the chosen rows first, then the rejected ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from afm_rl.config import ModelConfig
+from afm_rl.lora import attach
+from afm_rl.model import Params, forward, logits
+from afm_rl.objectives.distillation import teacher_top1, top1_distillation
+from afm_rl.objectives.dpo import dpo_loss
+from afm_rl.objectives.ipo import ipo_loss
+from afm_rl.objectives.mdloo import mdloo_loss
+from afm_rl.objectives.reward import reward_loss
+from afm_rl.objectives.sequence import token_logps
+from afm_rl.objectives.supervised import cross_entropy
+from afm_rl.reward_model import score
+from afm_rl.training import Batch, LossFn
+from afm_rl.types import GRADINGS
+
+View = Callable[[Any, Any], Params]
+
+
+def full_view(params: Any, frozen: Any) -> Params:  # noqa: ARG001 (the face of every view)
+    """Everything is trained."""
+    return params
+
+
+def adapter_view(*, alpha: float, rank: int) -> View:
+    """LoRA parameters are trained over frozen["base"]."""
+    return lambda params, frozen: attach(frozen["base"], params, alpha=alpha, rank=rank)
+
+
+def sequence_logits(
+    params: Params,
+    batch: Batch,
+    *,
+    config: ModelConfig,
+    compute_dtype: Any = jnp.float32,
+    dropout_rate: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """float32 logits_BTV of a batch, packed or padded."""
+    hidden, _ = forward(
+        params,
+        batch["tokens_BT"],
+        config=config,
+        positions_BT=batch.get("positions_BT"),
+        segments_BT=batch.get("segments_BT"),
+        compute_dtype=compute_dtype,
+        dropout_rate=dropout_rate,
+        key=key,
+    )
+    return logits(params, hidden, config)
+
+
+def supervised(
+    config: ModelConfig, *, view: View = full_view, compute_dtype: str = "float32", dropout: float = 0.0, z_loss: float = 0.0
+) -> LossFn:
+    """Token-mean cross-entropy with z-loss: pre-training, SFT, rejection sampling, distillation on text, adapters."""
+
+    def loss(params: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logits_BTV = sequence_logits(
+            view(params, frozen), batch, config=config, compute_dtype=compute_dtype, dropout_rate=dropout, key=key
+        )
+        return cross_entropy(logits_BTV, batch["tokens_BT"], batch["mask_BT"], z_loss=z_loss)
+
+    return loss
+
+
+def distillation(
+    config: ModelConfig,
+    teacher_config: ModelConfig,
+    *,
+    view: View = full_view,
+    compute_dtype: str = "float32",
+    true_weight: float = 0.1,
+) -> LossFn:
+    """0.1 x the true label + 0.9 x the top-1 label of frozen["teacher"] (3.2.1)."""
+
+    def loss(params: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        del key
+        taught_BT = teacher_top1(
+            sequence_logits(frozen["teacher"], batch, config=teacher_config, compute_dtype=compute_dtype)
+        )
+        logits_BTV = sequence_logits(view(params, frozen), batch, config=config, compute_dtype=compute_dtype)
+        return top1_distillation(
+            logits_BTV, batch["tokens_BT"], taught_BT, batch["mask_BT"], true_weight=true_weight
+        )
+
+    return loss
+
+
+def reward(
+    config: ModelConfig, *, grading_weight: float, compute_dtype: str = "float32", dropout: float = 0.0
+) -> LossFn:
+    """Soft-label ranking plus lambda x the four gradings (E.1). Batch: tokens_BT, length_B, level_B, grades [B, 4]."""
+
+    def loss(params: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        del frozen
+        scores = score(
+            params,
+            batch["tokens_BT"],
+            batch["length_B"],
+            config=config,
+            compute_dtype=compute_dtype,
+            dropout_rate=dropout,
+            key=key,
+        )
+        pairs = scores.reward_B.shape[0] // 2
+        chosen_B, rejected_B = scores.reward_B[:pairs], scores.reward_B[pairs:]
+        grade_logits = {name: (out[:pairs], out[pairs:]) for name, out in scores.grade_logits.items()}
+        labels = {name: (batch["grades"][:pairs, i], batch["grades"][pairs:, i]) for i, name in enumerate(GRADINGS)}
+        return reward_loss(
+            chosen_B=chosen_B,
+            rejected_B=rejected_B,
+            level_B=batch["level_B"],
+            grade_logits=grade_logits,
+            grades=labels,
+            lam=grading_weight,
+        )
+
+    return loss
+
+
+def response_logps(
+    params: Params,
+    batch: Batch,
+    *,
+    config: ModelConfig,
+    compute_dtype: Any = jnp.float32,
+    temperature: float = 1.0,
+) -> jax.Array:
+    """log p of every target token, 0 elsewhere -> [B, T] float32. The learner's program for all three log-probabilities."""
+    logits_BTV = sequence_logits(params, batch, config=config, compute_dtype=compute_dtype)
+    return token_logps(logits_BTV, batch["tokens_BT"], temperature=temperature) * batch["mask_BT"]
+
+
+def preference(
+    name: str, config: ModelConfig, *, beta: float, compute_dtype: str = "float32", view: View = full_view
+) -> LossFn:
+    """DPO or IPO over summed response log-probabilities. Batch: tokens_BT, mask_BT, ref_logp_B (chosen, then rejected)."""
+    objective = {"dpo": dpo_loss, "ipo": ipo_loss}[name]
+
+    def loss(params: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        del key
+        logp_B = response_logps(view(params, frozen), batch, config=config, compute_dtype=compute_dtype).sum(-1)
+        pairs = logp_B.shape[0] // 2
+        margin_B = (logp_B - batch["ref_logp_B"])[:pairs] - (logp_B - batch["ref_logp_B"])[pairs:]
+        value = objective(
+            policy_chosen_B=logp_B[:pairs],
+            policy_rejected_B=logp_B[pairs:],
+            ref_chosen_B=batch["ref_logp_B"][:pairs],
+            ref_rejected_B=batch["ref_logp_B"][pairs:],
+            beta=beta,
+        )
+        return value, {"accuracy": (margin_B > 0).mean(), "margin": margin_B.mean()}
+
+    return loss
+
+
+def mdloo(
+    config: ModelConfig, *, gamma: float, temperature: float = 1.0, compute_dtype: str = "float32"
+) -> LossFn:
+    """Eq. 9 (see `objectives/mdloo.py`). Batch: tokens_BT, mask_BT, behavior_logp_BT, advantage_B, num_sequences."""
+
+    def loss(params: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        del frozen, key
+        logp_BT = response_logps(params, batch, config=config, compute_dtype=compute_dtype, temperature=temperature)
+        return mdloo_loss(
+            logp_BT=logp_BT,
+            behavior_logp_BT=batch["behavior_logp_BT"],
+            advantage_B=batch["advantage_B"],
+            mask_BT=batch["mask_BT"],
+            gamma=gamma,
+            num_sequences=batch["num_sequences"],
+        )
+
+    return loss
+
+
+def build(objective: str, config: ModelConfig, options: Mapping[str, Any], *, view: View = full_view) -> LossFn:
+    """The loss of a training job by name. Raises ValueError naming the known objectives."""
+    if objective == "supervised":
+        return supervised(config, view=view, **options)
+    if objective == "distillation":
+        return distillation(config, view=view, **options)
+    if objective == "reward":
+        return reward(config, **options)
+    if objective in ("dpo", "ipo"):
+        return preference(objective, config, view=view, **options)
+    if objective == "mdloo":
+        return mdloo(config, **options)
+    raise ValueError(f"unknown objective {objective!r}; known: supervised, distillation, reward, dpo, ipo, mdloo")

@@ -1,0 +1,58 @@
+"""Training state and step, for any objective: pre-training, SFT, rewards, preferences, MDLOO and adapters all run through here.
+
+An objective is a function `loss(params, batch, key) -> (scalar, metrics)`; the optimizer is an optax chain. Master weights
+and optimizer state are float32. What is trained may be part of a larger tree (LoRA adapters, FFN mask scores): `frozen` is
+handed to the loss beside the trained parameters and receives no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+
+Batch = Mapping[str, Any]
+LossFn = Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+class TrainState(struct.PyTreeNode):
+    """Everything a checkpoint holds for the optimizer: step count, trained parameters, optimizer state."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def create_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """A state at step 0 over a copy of `params` (the step donates it)."""
+    params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
+    return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+
+def make_train_step(
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, *, seed: int = 0
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """A jitted `(state, frozen, batch) -> (state, metrics)`; the state is donated.
+
+    The random key of a step is fold_in(seed, step): a resumed run draws the same dropout as an uninterrupted one.
+    """
+
+    def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, frozen, batch, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), **metrics}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def to_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics on the host. Waits for the step that made them."""
+    return {name: float(np.asarray(value)) for name, value in metrics.items()}

@@ -1,0 +1,247 @@
+"""MDLOO against the exact gradient of Psi: every sequence of a toy policy is enumerated in float64.
+
+The policy writes up to three tokens of {0 = end, 1, 2}; its 15 sequences are the whole sample space, so that expectations
+are sums. Psi and its gradient (central differences) are plain NumPy and share no code with what is tested. The wrong
+estimators that look right (token-level ratios, k3, GSPO's ratio, length averaging) are shown to miss.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from afm_rl.objectives.mdloo import leave_one_out, mdloo_loss
+
+PREFIXES = [(), *itertools.product((1, 2)), *itertools.product((1, 2), repeat=2)]
+SEQUENCES = [(0,), *((a, 0) for a in (1, 2)), *itertools.product((1, 2), (1, 2), (0, 1, 2))]
+NUM = len(SEQUENCES)
+MIXING = np.random.default_rng(0).normal(size=(len(PREFIXES), 3, 6))
+THETA_K = np.random.default_rng(1).normal(size=6)
+DIRECTION = np.random.default_rng(2).normal(size=6)
+REWARD = np.random.default_rng(3).normal(size=NUM)
+MASK = np.array([[0.0] + [1.0] * len(y) + [0.0] * (3 - len(y)) for y in SEQUENCES])
+
+
+def probabilities(theta: np.ndarray) -> np.ndarray:
+    """pi(y) of every sequence, in NumPy."""
+    logits = 2.0 * np.tanh(MIXING @ theta)
+    token = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    rows = {prefix: token[i] for i, prefix in enumerate(PREFIXES)}
+    return np.array([np.prod([rows[y[:t]][y[t]] for t in range(len(y))]) for y in SEQUENCES])
+
+
+def psi(theta: np.ndarray, gamma: float) -> float:
+    """Eq. 8 with its first expectation over pi_theta, whose gradient Eq. 9 is; A = R - E_k R."""
+    p, k = probabilities(theta), probabilities(THETA_K)
+    return float(p @ (REWARD - k @ REWARD) - gamma * (p @ np.log(p / k)))
+
+
+def exact_gradient(theta: np.ndarray, gamma: float) -> np.ndarray:
+    steps = 1e-5 * np.eye(6)
+    return np.array([(psi(theta + h, gamma) - psi(theta - h, gamma)) / 2e-5 for h in steps])
+
+
+def token_logps(theta: jax.Array) -> jax.Array:
+    """[NUM, 4]: column 0 stands for the prompt, masked columns hold zero."""
+    table = jax.nn.log_softmax(2.0 * jnp.tanh(jnp.asarray(MIXING) @ theta))
+    rows = [[0.0] * 4 for _ in SEQUENCES]
+    for i, y in enumerate(SEQUENCES):
+        for t, token in enumerate(y):
+            rows[i][t + 1] = table[PREFIXES.index(y[:t]), token]
+    return jnp.array(rows)
+
+
+Slope = Callable[[jax.Array, jax.Array, np.ndarray, np.ndarray, float], jax.Array]
+
+
+def ours(logp: jax.Array, behavior: jax.Array, advantage: np.ndarray, mask: np.ndarray, gamma: float) -> jax.Array:
+    """N x d loss / d logp of `mdloo_loss`: what each sequence adds to minus the gradient."""
+
+    def loss(logp: jax.Array) -> jax.Array:
+        return mdloo_loss(logp_BT=logp, behavior_logp_BT=behavior, advantage_B=advantage, mask_BT=mask, gamma=gamma)[0]
+
+    return len(logp) * jax.grad(loss)(logp)
+
+
+def token_ratio(
+    logp: jax.Array, behavior: jax.Array, advantage: np.ndarray, mask: np.ndarray, gamma: float
+) -> jax.Array:
+    d = (logp - behavior) * mask
+    return -jnp.exp(d) * (advantage - gamma * d.sum(1))[:, None] * mask
+
+
+def k3(logp: jax.Array, behavior: jax.Array, advantage: np.ndarray, mask: np.ndarray, gamma: float) -> jax.Array:
+    d = (logp - behavior) * mask
+    return (-jnp.exp(d.sum(1)) * advantage)[:, None] * mask + gamma * (1 - jnp.exp(-d)) * mask
+
+
+def gspo(logp: jax.Array, behavior: jax.Array, advantage: np.ndarray, mask: np.ndarray, gamma: float) -> jax.Array:
+    d = ((logp - behavior) * mask).sum(1)
+    return (-jnp.exp(d / mask.sum(1)) * (advantage - gamma * d))[:, None] * mask
+
+
+def length_average(
+    logp: jax.Array, behavior: jax.Array, advantage: np.ndarray, mask: np.ndarray, gamma: float
+) -> jax.Array:
+    return ours(logp, behavior, advantage, mask, gamma) * (mask.sum(1).mean() / mask.sum(1))[:, None]
+
+
+def expected_gradient(slope: Slope, theta: np.ndarray, gamma: float) -> np.ndarray:
+    """The estimator's expectation over y ~ pi_k, with the exact advantage: every sequence, weighted by pi_k."""
+    k = probabilities(THETA_K)
+    with jax.enable_x64(True):
+        logp, pull_back = jax.vjp(token_logps, jnp.asarray(theta))
+        per_sequence = slope(logp, token_logps(jnp.asarray(THETA_K)), REWARD - k @ REWARD, MASK, gamma)
+        return -np.asarray(pull_back(jnp.asarray(k)[:, None] * per_sequence)[0])
+
+
+def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("distance", [0.0, 0.1, 0.3, 1.0])
+@pytest.mark.parametrize("gamma", [0.0, 0.1, 1.0])
+def test_gradient_is_exactly_eq_9(distance: float, gamma: float) -> None:
+    """Guards the objective itself, near theta_k and far from it."""
+    theta = THETA_K + distance * DIRECTION
+    assert relative_error(expected_gradient(ours, theta, gamma), exact_gradient(theta, gamma)) < 1e-6
+
+
+@pytest.mark.parametrize("wrong", [token_ratio, k3, gspo, length_average])
+def test_the_usual_wrong_estimators_are_biased(wrong: Slope) -> None:
+    """Guards the test above: each of these misses the exact gradient by many times its tolerance."""
+    theta = THETA_K + 0.3 * DIRECTION
+    assert relative_error(expected_gradient(wrong, theta, 1.0), exact_gradient(theta, 1.0)) > 0.05
+
+
+@pytest.mark.parametrize("distance", [0.0, 0.3])
+def test_leave_one_out_estimator_is_unbiased(distance: float) -> None:
+    """Guards Eq. 7 inside Eq. 9: over all pairs of responses (K = 2), the expectation is the exact gradient."""
+    theta, gamma = THETA_K + distance * DIRECTION, 0.5
+    k = probabilities(THETA_K)
+    first, second = np.divmod(np.arange(NUM * NUM), NUM)
+    advantage = leave_one_out(np.stack([REWARD[first], REWARD[second]], axis=1))
+    rows = np.stack([first, second], axis=1).reshape(-1)
+    weight = np.repeat(k[first] * k[second], 2) / 2
+    with jax.enable_x64(True):
+        logp, pull_back = jax.vjp(lambda x: token_logps(x)[rows], jnp.asarray(theta))
+        behavior = token_logps(jnp.asarray(THETA_K))[rows]
+        per_sequence = ours(logp, behavior, advantage.reshape(-1), MASK[rows], gamma)
+        got = -np.asarray(pull_back(weight[:, None] * per_sequence)[0])
+    assert relative_error(got, exact_gradient(theta, gamma)) < 1e-6
+
+
+def test_gamma_does_nothing_at_theta_k() -> None:
+    """Guards the reason for at least two inner steps: at theta_k the KL's gradient is exactly zero, per sample."""
+    with jax.enable_x64(True):
+        logp = token_logps(jnp.asarray(THETA_K))
+        slopes = [ours(logp, logp, REWARD, MASK, gamma) for gamma in (0.0, 1.0, 100.0)]
+    np.testing.assert_array_equal(slopes[0], slopes[1])
+    np.testing.assert_array_equal(slopes[0], slopes[2])
+    np.testing.assert_allclose(slopes[0], -REWARD[:, None] * MASK, rtol=1e-12)
+
+
+def make_batch() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(4)
+    logp = rng.normal(-1.0, 0.5, (4, 6)).astype(np.float32)
+    mask = (np.arange(6) >= 2) & (np.arange(6) < np.array([[6], [4], [5], [3]]))
+    behavior = logp + rng.normal(0.0, 0.2, (4, 6)).astype(np.float32)
+    return {"logp_BT": logp, "behavior_logp_BT": behavior, "advantage_B": rng.normal(size=4), "mask_BT": mask * 1.0}
+
+
+def value_and_slope(batch: dict[str, np.ndarray], **options: float) -> tuple[dict[str, float], np.ndarray]:
+    def loss(logp: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return mdloo_loss(**{**batch, "logp_BT": logp, "gamma": 0.3, **options})
+
+    (value, metrics), slope = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(batch["logp_BT"]))
+    return {"loss": float(value), **{name: float(x) for name, x in metrics.items()}}, np.asarray(slope)
+
+
+def test_padding_changes_nothing() -> None:
+    """Guards rows and columns without a mask, whatever they hold: N, the loss, its gradient and the metrics."""
+    batch = make_batch()
+    padded = {name: np.pad(x, ((0, 3), (0, 2)), constant_values=np.nan) for name, x in batch.items() if x.ndim == 2}
+    padded["mask_BT"] = np.nan_to_num(padded["mask_BT"])
+    padded["advantage_B"] = np.pad(batch["advantage_B"], (0, 3), constant_values=np.nan)
+    (values, slope), (padded_values, padded_slope) = value_and_slope(batch), value_and_slope(padded)
+    assert padded_values == pytest.approx(values, rel=1e-6)
+    np.testing.assert_allclose(padded_slope[:4, :6], slope, rtol=1e-6)
+    assert not padded_slope[4:].any()
+    assert not padded_slope[:, 6:].any()
+    assert values["sequences"] == 4
+
+
+def test_microbatches_add_up_to_the_whole_batch() -> None:
+    """Guards N: fixed over microbatches, it makes their gradients sum to the whole one's."""
+    batch = make_batch()
+    halves = [{name: x[part] for name, x in batch.items()} for part in (slice(0, 1), slice(1, 4))]
+    slopes = [value_and_slope(half, num_sequences=4)[1] for half in halves]
+    np.testing.assert_allclose(np.concatenate(slopes), value_and_slope(batch)[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("d", "hits"), [(200.0, 1), (-200.0, 0)])
+def test_finite_far_from_theta_k(d: float, hits: int) -> None:
+    """Guards exp(d) in float32; at +200 a gradient must remain to pull the policy back, and the hit is counted."""
+    batch = {
+        "logp_BT": np.array([[0.0, -1.0], [0.0, -1.0]], np.float32),
+        "behavior_logp_BT": np.array([[0.0, -1.0], [0.0, -1.0 - d]], np.float32),
+        "advantage_B": np.array([1.0, -1.0], np.float32),
+        "mask_BT": np.array([[0.0, 1], [0, 1]], np.float32),
+    }
+    values, slope = value_and_slope(batch)
+    assert np.isfinite(slope).all()
+    assert np.isfinite(list(values.values())).all()
+    assert values["d_max_hits"] == hits
+    # minus exp(20) * (A - gamma * d) / N: the cap is on the ratio alone
+    np.testing.assert_allclose(slope[1, 1], np.exp(20.0) * (1 + 0.3 * 200) / 2 if d > 0 else 0.0, rtol=1e-5)
+
+
+def test_metrics_by_hand() -> None:
+    """Guards what a run is steered by: two sequences with ratios 1 and 2."""
+    zero = np.zeros((2, 2), np.float32)
+    batch = {
+        "logp_BT": zero,
+        "behavior_logp_BT": np.array([[9.0, 0.0], [9.0, -np.log(2.0)]], np.float32),
+        "advantage_B": np.array([1.0, 3.0], np.float32),
+        "mask_BT": np.array([[0.0, 1], [0, 1]], np.float32),
+    }
+    values, _ = value_and_slope(batch)
+    kl = (2 * np.log(2.0) - 1) / 2
+    expected = {"kl_to_behavior": kl, "psi": 3.5 - 0.3 * kl, "ratio_mean": 1.5, "ratio_max": 2.0}
+    assert {name: values[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+    assert values["effective_sample_fraction"] == pytest.approx(9 / 10)
+
+
+def test_kl_metric_is_the_exact_kl_in_expectation() -> None:
+    """Guards its direction: KL(pi_theta || pi_k), not the reverse."""
+    theta = THETA_K + 0.3 * DIRECTION
+    p, k = probabilities(theta), probabilities(THETA_K)
+    with jax.enable_x64(True):
+        logp, behavior = token_logps(jnp.asarray(theta)), token_logps(jnp.asarray(THETA_K))
+        one = [
+            mdloo_loss(
+                logp_BT=logp[i : i + 1], behavior_logp_BT=behavior[i : i + 1], advantage_B=np.zeros(1),
+                mask_BT=MASK[i : i + 1], gamma=0.0,
+            )[1]["kl_to_behavior"].item()
+            for i in range(NUM)
+        ]  # fmt: skip
+    np.testing.assert_allclose(k @ one, p @ np.log(p / k), rtol=1e-10)
+    assert abs(k @ np.log(k / p) / (p @ np.log(p / k)) - 1) > 0.01
+
+
+def test_dtypes_are_kept_and_half_precision_refused() -> None:
+    """Guards float64 references and against sequence sums in bfloat16."""
+    batch = make_batch()
+    assert mdloo_loss(**batch, gamma=0.1)[0].dtype == jnp.float32
+    with jax.enable_x64(True):
+        loss, metrics = mdloo_loss(**{**batch, "logp_BT": jnp.asarray(batch["logp_BT"], jnp.float64)}, gamma=0.1)
+    assert loss.dtype == metrics["kl_to_behavior"].dtype == jnp.float64
+    with pytest.raises(TypeError, match="bfloat16"):
+        mdloo_loss(**{**batch, "logp_BT": jnp.asarray(batch["logp_BT"], jnp.bfloat16)}, gamma=0.1)
+    with pytest.raises(ValueError, match="advantage_B must have shape"):
+        mdloo_loss(**{**batch, "advantage_B": batch["advantage_B"][:, None]}, gamma=0.1)

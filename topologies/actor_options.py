@@ -1,0 +1,101 @@
+"""The actors of a topology: how many of each role, what they may use of the machine, and their own options."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from topologies.strict import Count, Fraction, PositiveOrZero, Strict, problem
+
+_ONE_DEVICE = "multi-device meshes are not available in this version; set it to 1"
+
+
+class Mesh(Strict):
+    """The learner's device mesh."""
+
+    data: Count = 1
+    fsdp: Count = 1
+    seq: Count = 1
+    tensor: Count = 1
+
+    @model_validator(mode="after")
+    def _check(self) -> Mesh:
+        for name, size in self:
+            if size > 1:
+                raise problem(_ONE_DEVICE, at=(name,))
+        return self
+
+
+class Role(Strict):
+    """Resources of one role; fractions of a CPU let all roles share two cores."""
+
+    replicas: Count = 1
+    num_cpus: PositiveOrZero = 0.1
+    num_gpus: PositiveOrZero = 0.0
+
+
+class Learner(Strict):
+    """The learner: one group of processes on one mesh."""
+
+    processes: Count = 1
+    mesh: Mesh = Mesh()
+    num_cpus: PositiveOrZero = 0.5
+    num_gpus: PositiveOrZero = 0.0
+
+    @model_validator(mode="after")
+    def _check(self) -> Learner:
+        if self.processes > 1:
+            raise problem(_ONE_DEVICE, at=("processes",))
+        return self
+
+    @property
+    def replicas(self) -> int:
+        return self.processes
+
+
+class Sampler(Role):
+    """Samplers; `max_batch` bounds the responses that one generates at a time."""
+
+    replicas: Count = 2
+    num_cpus: PositiveOrZero = 0.2
+    max_batch: Count = 256
+
+
+def _available_kind(kind: Any) -> Any:
+    if kind in ("judge", "human"):
+        raise problem(f"the annotator kind '{kind}' is not available in this version; valid: simulated")
+    return kind
+
+
+class Committee(Role):
+    """Actors that answer with every member's policy; `max_batch` as for samplers."""
+
+    max_batch: Count = 256
+
+
+class Annotator(Strict):
+    """Who labels preference pairs; `flip_rate` is the share of labels the simulated one turns round."""
+
+    num_cpus: PositiveOrZero = 0.05
+    kind: Annotated[Literal["simulated"], BeforeValidator(_available_kind)] = "simulated"
+    flip_rate: Fraction = 0.0
+
+
+class Server(Role):
+    """The OpenAI-compatible server. Loopback only, unless `host` says otherwise."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+
+
+class Actors(Strict):
+    """The roles of the running system."""
+
+    learner: Learner = Learner()
+    sampler: Sampler = Sampler()
+    reward: Role = Role()
+    committee: Committee = Committee()
+    annotator: Annotator = Annotator()
+    quantizer: Role = Role(replicas=2)
+    server: Server = Server()

@@ -1,0 +1,116 @@
+"""What training and generating cost: floating-point operations, seconds and bytes, from a model's shape.
+
+A matrix product of m parameters costs 2m operations a token forward and 6m with its backward pass; attention adds
+2 * 2 * (T / 2) * N * H a layer; the logits count as one more matrix. Seconds follow from the speed of a float32 matrix
+product measured on this machine, the share of it that a step of ours reaches, and a fixed cost a step. They are
+estimates to plan by, within a factor of about two.
+
+Shapes: T tokens of a sequence, V vocab, D model, F ffn, N query heads, K kv heads, H head dim, L layers.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from afm_rl.config import ModelConfig
+
+#: Share of the measured matrix speed that a training step and a decoding step reach, and their fixed cost.
+TRAIN_UTILIZATION, DECODE_UTILIZATION = 0.4, 0.1
+STEP_OVERHEAD_S, DECODE_OVERHEAD_S = 5e-3, 1.5e-3
+#: Seconds to trace and compile one program (a loss, or a generator's bucket).
+COMPILE_S = 3.0
+#: A Python process with JAX and Ray, before any array.
+PROCESS_BYTES = 400 * 2**20
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of a stage; costs add. `train_tokens` and `generated_tokens` count positions, padding included."""
+
+    train_tokens: int = 0
+    generated_tokens: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.train_tokens + other.train_tokens,
+            self.generated_tokens + other.generated_tokens,
+            self.seconds + other.seconds,
+        )
+
+    def times(self, n: int) -> Cost:
+        return Cost(self.train_tokens * n, self.generated_tokens * n, self.seconds * n)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A measured speed: float32 matrix products, in operations a second, all cores together."""
+
+    flops_per_s: float
+
+    def train(self, config: ModelConfig, *, steps: int, batch: int, length: int) -> Cost:
+        """Forward and backward over `steps` batches of [batch, length] tokens, and one compilation."""
+        tokens = steps * batch * length
+        work = 3 * forward_flops(config, length) * tokens / (self.flops_per_s * TRAIN_UTILIZATION)
+        return Cost(train_tokens=tokens, seconds=work + steps * STEP_OVERHEAD_S + COMPILE_S)
+
+    def score(self, config: ModelConfig, *, sequences: int, length: int) -> Cost:
+        """A forward pass over [sequences, length] tokens, and one compilation."""
+        work = forward_flops(config, length) * sequences * length / (self.flops_per_s * TRAIN_UTILIZATION)
+        return Cost(seconds=work + COMPILE_S)
+
+    def generate(self, config: ModelConfig, *, responses: int, prompt: int, max_tokens: int, max_batch: int) -> Cost:
+        """`responses` responses of `max_tokens` tokens in batches, a decoding step a token, and one compilation."""
+        tokens = responses * max_tokens
+        batches = -(-responses // max_batch)
+        work = forward_flops(config, prompt + max_tokens) * tokens / (self.flops_per_s * DECODE_UTILIZATION)
+        return Cost(generated_tokens=tokens, seconds=work + batches * max_tokens * DECODE_OVERHEAD_S + COMPILE_S)
+
+
+def measure_machine(size: int = 768) -> Machine:
+    """The best of four float32 products of [size, size] matrices (some milliseconds in all)."""
+    a = np.ones((size, size), np.float32)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return Machine(2 * size**3 / best)
+
+
+def matrix_params(config: ModelConfig) -> int:
+    """Parameters of the linear projections of all layers."""
+    attention = config.dim * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
+    return config.num_layers * (attention + 3 * config.dim * config.ffn_dim)
+
+
+def forward_flops(config: ModelConfig, length: int) -> float:
+    """Operations of a forward pass a token, in sequences of `length` tokens, logits included."""
+    attention = 2 * length * config.num_heads * config.head_dim * config.num_layers
+    return 2.0 * matrix_params(config) + attention + 2.0 * config.vocab_size * config.dim
+
+
+def params_bytes(config: ModelConfig) -> int:
+    """float32 parameters."""
+    return 4 * config.num_params
+
+
+def training_bytes(config: ModelConfig, *, batch: int, length: int) -> int:
+    """Parameters, gradients and two moments in float32, one layer's activations kept at a time, and the logits twice.
+
+    With rematerialisation a layer keeps its input; what one layer needs while it is differentiated comes on top.
+    """
+    tokens = batch * length
+    kept = config.num_layers * config.dim
+    one_layer = 6 * config.dim + 3 * config.ffn_dim + 2 * config.num_heads * (config.head_dim + length)
+    return 4 * params_bytes(config) + 4 * tokens * (kept + one_layer + 2 * config.vocab_size)
+
+
+def cache_bytes(config: ModelConfig, *, responses: int, length: int) -> int:
+    """float32 keys and values of `responses` sequences of `length` tokens, and their logits."""
+    return (
+        4 * responses * (2 * length * config.num_layers * config.num_kv_heads * config.head_dim + 2 * config.vocab_size)
+    )

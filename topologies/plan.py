@@ -1,0 +1,294 @@
+"""What a topology will do, need and take, before anything starts: `afm-rl plan FILE`.
+
+Per actor its resources and memory, per stage its tokens and estimated seconds (`costs`). What the machine cannot hold is
+one error naming every shortage. Neither Ray nor JAX is imported here, unless the model is a Hugging Face folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from afm_rl.config import ModelConfig
+from afm_rl.errors import UserError
+from topologies import costs
+from topologies.costs import Cost, Machine
+from topologies.schema import Topology
+
+#: Tokens of a prompt, where no option bounds them.
+PROMPT_TOKENS = 48
+#: CPUs of the actor that owns published weights, which the topology does not list.
+WEIGHTS_CPUS = 0.05
+#: NumPy k-means, seconds a weight and table width; a server's start; seconds of tokenizer training.
+PALETTIZE_S_PER_WEIGHT, SERVE_START_S, TOKENIZER_S = 1e-6, 12.0, 8.0
+
+
+@dataclass(frozen=True)
+class ActorPlan:
+    """One role: `num_cpus`, `num_gpus` and `memory_bytes` are of one replica."""
+
+    role: str
+    replicas: int
+    num_cpus: float
+    num_gpus: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: positions trained on and generated, and the estimated duration."""
+
+    name: str
+    train_tokens: int
+    generated_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole topology. `num_params` counts the embedding once where it is tied."""
+
+    name: str
+    launcher: str
+    num_params: int
+    machine_cpus: int
+    machine_bytes: int
+    matmul_flops_per_s: float
+    actors: tuple[ActorPlan, ...]
+    stages: tuple[StagePlan, ...]
+
+    @property
+    def num_cpus(self) -> float:
+        return sum(actor.replicas * actor.num_cpus for actor in self.actors)
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(actor.replicas * actor.memory_bytes for actor in self.actors)
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: the fields, and the totals."""
+        totals = {"num_cpus": self.num_cpus, "memory_bytes": self.memory_bytes, "seconds": self.seconds}
+        return {**asdict(self), "totals": totals}
+
+
+def plan(topology: Topology, *, machine: Machine | None = None) -> Plan:
+    """The plan of a topology; `machine` is measured if not given.
+
+    Errors: `UserError`, one line, if the local launcher cannot place the actors on this machine.
+    """
+    machine = machine or costs.measure_machine()
+    config = topology.model.config()
+    result = Plan(
+        name=topology.name,
+        launcher=topology.launcher,
+        num_params=config.num_params,
+        machine_cpus=machine_cpus(),
+        machine_bytes=machine_bytes(),
+        matmul_flops_per_s=machine.flops_per_s,
+        actors=_actors(topology, config),
+        stages=tuple(_stage(stage, topology, config, machine) for stage in topology.stages),
+    )
+    check_resources(result)
+    return result
+
+
+def check_resources(result: Plan) -> None:
+    """Errors: `UserError` naming what is short and which roles ask for it, under the launchers of one machine."""
+    if result.launcher == "cluster":
+        return
+    short = []
+    if result.launcher == "local" and result.num_cpus > result.machine_cpus + 1e-9:
+        asked = ", ".join(f"{a.role} {a.replicas} x {a.num_cpus:g}" for a in result.actors if a.num_cpus)
+        short.append(f"{result.num_cpus:g} CPUs are asked for ({asked}) and this machine has {result.machine_cpus}")
+    if result.memory_bytes > result.machine_bytes:
+        largest = max(result.actors, key=lambda a: a.replicas * a.memory_bytes)
+        need, have = result.memory_bytes / 2**30, result.machine_bytes / 2**30
+        short.append(
+            f"about {need:.1f} GiB of memory are needed, most by {largest.role}, and this machine has {have:.1f}"
+        )
+    if short:
+        raise UserError(
+            f"the topology '{result.name}' does not fit: {'; '.join(short)}; lower replicas, num_cpus or the model, "
+            "or use launcher: cluster"
+        )
+
+
+def machine_cpus() -> int:
+    """CPUs this process may use: its affinity, cut by a container's quota."""
+    cpus = len(os.sched_getaffinity(0))
+    quota_file = Path("/sys/fs/cgroup/cpu.max")
+    if quota_file.exists():
+        quota, period = quota_file.read_text().split()
+        if quota != "max":
+            cpus = min(cpus, max(1, int(quota) // int(period)))
+    return cpus
+
+
+def machine_bytes() -> int:
+    """Memory of this machine, cut by a container's limit."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit_file = Path("/sys/fs/cgroup/memory.max")
+    limit = limit_file.read_text().strip() if limit_file.exists() else "max"
+    return total if limit == "max" else min(total, int(limit))
+
+
+def _actors(topology: Topology, config: ModelConfig) -> tuple[ActorPlan, ...]:
+    actors = topology.actors
+    weights = costs.params_bytes(config)
+    length = PROMPT_TOKENS + max((getattr(stage, "max_tokens", 0) for stage in topology.stages), default=0)
+    answering = 2 * weights + costs.cache_bytes(config, responses=actors.sampler.max_batch, length=length)
+    members = len(topology.stage("itec").members) if "itec" in topology.stage_names else 1
+    scoring = 2 * weights + costs.cache_bytes(config, responses=32, length=length)
+    bytes_of = {
+        "learner": _learner_bytes(topology, config),
+        "sampler": answering,
+        "reward": scoring,
+        "committee": answering + (members - 1) * weights,
+        "annotator": 0,
+        "quantizer": 3 * weights,
+        "server": 2 * weights + costs.cache_bytes(config, responses=1, length=config.max_positions),
+    }
+    used = {role: section for role, section in actors if role != "server" or "serve" in topology.stage_names}
+    # Inline, every role lives in the one process that launched it.
+    process = 0 if topology.launcher == "inline" else costs.PROCESS_BYTES
+    listed = [
+        ActorPlan(role, getattr(at, "replicas", 1), at.num_cpus, getattr(at, "num_gpus", 0.0), bytes_of[role] + process)
+        for role, at in used.items()
+    ]
+    return (ActorPlan("weights", 1, WEIGHTS_CPUS, 0.0, 2 * weights + process), *listed)
+
+
+def _learner_bytes(topology: Topology, config: ModelConfig) -> int:
+    """The largest batch of any stage, with the frozen reference of the online loop."""
+    batches = [(stage.batch, stage.sequence_length) for stage in _trainings(topology)]
+    need = max((costs.training_bytes(config, batch=batch, length=length) for batch, length in batches), default=0)
+    return max(need, costs.params_bytes(config)) + costs.params_bytes(config)
+
+
+def _trainings(topology: Topology) -> list[Any]:
+    """Every set of options with a batch and a sequence length, wherever it stands in a stage."""
+    found = []
+    for stage in topology.stages:
+        for options in (stage, *(value for _, value in stage)):
+            if hasattr(options, "batch") and hasattr(options, "sequence_length"):
+                found.append(options)
+    return found
+
+
+def _stage(stage: Any, topology: Topology, config: ModelConfig, machine: Machine) -> StagePlan:
+    cost = _COSTS[stage.name](stage, topology, config, machine)
+    return StagePlan(stage.name, cost.train_tokens, cost.generated_tokens, cost.seconds)
+
+
+def _fit(options: Any, config: ModelConfig, machine: Machine, *, sequences: int = 1) -> Cost:
+    """Training with these options; `sequences` of each example (2 for pairs)."""
+    batch = options.batch * sequences
+    return machine.train(config, steps=options.steps, batch=batch, length=options.sequence_length)
+
+
+def _answers(stage: Any, responses: int, topology: Topology, config: ModelConfig, machine: Machine) -> Cost:
+    return machine.generate(
+        config,
+        responses=responses,
+        prompt=PROMPT_TOKENS,
+        max_tokens=stage.max_tokens,
+        max_batch=topology.actors.sampler.max_batch,
+    )
+
+
+def _tokenizer(*_: Any) -> Cost:
+    return Cost(seconds=TOKENIZER_S)
+
+
+def _pretrain(stage: Any, _: Topology, config: ModelConfig, machine: Machine) -> Cost:
+    return sum((_fit(phase, config, machine) for _, phase in stage.phases), Cost())
+
+
+def _prune(stage: Any, topology: Topology, config: ModelConfig, machine: Machine) -> Cost:
+    small, length = config.replace(ffn_dim=topology.small_model.ffn_dim), stage.sequence_length
+    masks = machine.train(config, steps=stage.mask_steps, batch=stage.batch, length=length)
+    teacher = machine.score(config, sequences=stage.steps * stage.batch, length=length) if stage.distill else Cost()
+    return masks + teacher + _fit(stage, small, machine).times(2 if stage.scratch else 1)
+
+
+def _sft(stage: Any, _: Topology, config: ModelConfig, machine: Machine) -> Cost:
+    return _fit(stage, config, machine)
+
+
+def _reward_model(stage: Any, _: Topology, config: ModelConfig, machine: Machine) -> Cost:
+    return _fit(stage, config, machine, sequences=2)
+
+
+def _itec(stage: Any, topology: Topology, config: ModelConfig, machine: Machine) -> Cost:
+    responses = stage.prompts_per_round * stage.responses_per_member * len(stage.members)
+    cost = _answers(stage, responses, topology, config, machine) + _fit(stage.reward, config, machine, sequences=2)
+    for member in stage.members:
+        if member == "mdloo":
+            cost += _mdloo(stage.mdloo, topology, config, machine)
+        else:
+            cost += _fit(getattr(stage, member), config, machine, sequences=2 if member in ("dpo", "ipo") else 1)
+    return cost.times(stage.rounds)
+
+
+def _mdloo(options: Any, topology: Topology, config: ModelConfig, machine: Machine) -> Cost:
+    """An iteration samples, scores (reward, theta_k and reference) and takes the inner steps; programs compile once."""
+    responses, length = options.prompts * options.responses, PROMPT_TOKENS + options.max_tokens
+    sampled = _answers(options, options.iterations * responses, topology, config, machine)
+    scored = machine.score(config, sequences=3 * options.iterations * responses, length=length)
+    steps = options.iterations * options.inner_steps
+    return sampled + scored + machine.train(config, steps=steps, batch=responses, length=length)
+
+
+def _distill_committee(stage: Any, topology: Topology, config: ModelConfig, machine: Machine) -> Cost:
+    members = len(topology.stage("itec").members)
+    responses = stage.prompts * stage.responses_per_member * members
+    scored = machine.score(config, sequences=responses, length=stage.sequence_length)
+    return _answers(stage, responses, topology, config, machine) + scored + _fit(stage, config, machine)
+
+
+def _quantize(stage: Any, topology: Topology, config: ModelConfig, machine: Machine) -> Cost:
+    workers = min(topology.actors.quantizer.replicas, machine_cpus())
+    tables = 2 * costs.matrix_params(config) * PALETTIZE_S_PER_WEIGHT / workers
+    gradients = machine.train(config, steps=stage.sensitivity_batches, batch=16, length=128)
+    return Cost(gradients.train_tokens, seconds=tables + gradients.seconds)
+
+
+def _recover(stage: Any, topology: Topology, config: ModelConfig, machine: Machine) -> Cost:
+    """Every rank at the served bit width, and one more adapter for each other width."""
+    adapters = len(stage.ranks) + len(topology.stage("quantize").bits_per_weight) - 1
+    steps = stage.steps_pretrain + stage.steps_posttrain
+    return machine.train(config, steps=steps, batch=stage.batch, length=stage.sequence_length).times(adapters)
+
+
+def _evaluate(stage: Any, topology: Topology, config: ModelConfig, machine: Machine) -> Cost:
+    """Every policy so far, greedy and sampled."""
+    earlier = topology.stages[: topology.stages.index(stage)]
+    policies = sum(len(getattr(s, "members", [s])) for s in earlier if s.makes and s.name not in ("tokenizer", "prune"))
+    return _answers(stage, 2 * stage.prompts, topology, config, machine).times(max(1, policies))
+
+
+def _serve(stage: Any, topology: Topology, config: ModelConfig, machine: Machine) -> Cost:
+    return Cost(seconds=SERVE_START_S) + _answers(stage, len(stage.questions), topology, config, machine)
+
+
+_COSTS: dict[str, Callable[[Any, Topology, ModelConfig, Machine], Cost]] = {
+    "tokenizer": _tokenizer,
+    "pretrain": _pretrain,
+    "prune": _prune,
+    "sft": _sft,
+    "reward_model": _reward_model,
+    "itec": _itec,
+    "distill_committee": _distill_committee,
+    "quantize": _quantize,
+    "recover": _recover,
+    "adapters": _sft,
+    "evaluate": _evaluate,
+    "serve": _serve,
+}

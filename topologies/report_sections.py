@@ -1,0 +1,260 @@
+"""The sections of the report's page: head, run strip, stages, samples, timings, environment.
+
+Each function turns one part of a `Report` into HTML and returns "" when the run has nothing to say there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from topologies.report_data import Answer, Curve, Report, Sample, StageResult
+from topologies.report_html import bar, compact, duration, escape, figures, number, share, table
+from topologies.report_svg import COLOURS, SMOOTH_FROM, Series, line_chart
+
+Rows = Sequence[Mapping[str, Any]]
+#: The phases of the paper that colour the run strip, and the stages in them.
+PHASES = {
+    "pre-training": ("tokenizer", "pretrain", "prune"),
+    "post-training": ("sft", "reward_model", "itec", "distill_committee"),
+    "compression": ("quantize", "recover", "adapters"),
+    "evaluation and serving": ("evaluate", "serve"),
+}
+
+
+def stage_names(report: Report) -> list[str]:
+    """The names of the topology's stages in order; those that ran if the topology does not list them."""
+    listed = report.topology.get("stages") or [stage.name for stage in report.stages]
+    return [item if isinstance(item, str) else str(item.get("name") or next(iter(item))) for item in listed]
+
+
+def head(report: Report) -> str:
+    """The page's title, when and how long, and how far the run came."""
+    model, seed, listed = report.topology.get("model"), report.topology.get("seed"), stage_names(report)
+    facts = (
+        report.created,
+        f"{duration(report.total_s)} in all" if report.total_s else "",
+        f"{len(report.stages)} of {len(listed)} stages so far" if len(report.stages) < len(listed) else "",
+        f"model {model}" if isinstance(model, str) else "",
+        f"seed {seed}" if seed is not None else "",
+    )
+    line = "".join(f"<span>{escape(fact)}</span>" for fact in facts if fact)
+    link = ""
+    if report.dashboard and report.dashboard.startswith(("http://", "https://")):
+        link = f'<span><a href="{escape(report.dashboard)}">Ray dashboard</a> (while the run is up)</span>'
+    return f'<h1>{escape(report.name)}</h1><p class="facts">{line}{link}</p>'
+
+
+def phase_of(stage_name: str) -> int:
+    """Index into PHASES, len(PHASES) for a stage of none of them."""
+    found = (index for index, names in enumerate(PHASES.values()) if stage_name in names)
+    return next(found, len(PHASES))
+
+
+def run_strip(report: Report) -> str:
+    """The whole run as one strip, every stage as wide as it took long, linked to its section."""
+    total = sum(stage.seconds for stage in report.stages)
+    if not total:
+        return ""
+    segments = []
+    for index, stage in enumerate(report.stages, start=1):
+        width = 100 * stage.seconds / total
+        name = f"<span>{escape(stage.name)}</span>" if width > 1.1 * len(stage.name) else ""
+        title = escape(f"{stage.name}: {duration(stage.seconds)}")
+        segments.append(
+            f'<a href="#stage-{index}" class="phase-{phase_of(stage.name)}" style="--w:{width:.3f}" title="{title}" '
+            f'aria-label="{title}">{name}</a>'
+        )
+    phases = list(PHASES)
+    present = sorted({phase_of(stage.name) for stage in report.stages})
+    keys = "".join(
+        f'<li class="phase-{phase}">{phases[phase] if phase < len(phases) else "other"} '
+        f"<b>{duration(sum(s.seconds for s in report.stages if phase_of(s.name) == phase))}</b></li>"
+        for phase in present
+    )
+    return f'<nav class="strip" aria-label="stages by time">{"".join(segments)}</nav><ul class="keys">{keys}</ul>'
+
+
+def contents(report: Report) -> str:
+    """The list of sections beside the page."""
+    items = ['<a href="#topology">Topology</a>'] if report.topology.get("actors") or report.actors else []
+    items += [
+        f'<a href="#stage-{index}" class="phase-{phase_of(stage.name)}">{escape(stage.title or stage.name)}</a>'
+        for index, stage in enumerate(report.stages, start=1)
+    ]
+    items += ['<a href="#samples">Answers side by side</a>'] if report.samples else []
+    items += ['<a href="#timings">Timings</a>', '<a href="#environment">Environment</a>']
+    return f'<nav class="contents" aria-label="contents">{"".join(items)}</nav>'
+
+
+def stage_section(index: int, stage: StageResult, rows: Rows) -> str:
+    """One stage: title, figures, charts from its metric `rows`, tables."""
+    paper = f"<span>paper {escape(stage.paper)}</span>" if stage.paper else ""
+    charts = "".join(chart(curve, stage.name, rows) for curve in stage.curves)
+    charts = f'<div class="charts">{charts}</div>' if charts else ""
+    tables = "".join(table(one) for one in stage.tables)
+    return (
+        f'<section class="stage phase-{phase_of(stage.name)}" id="stage-{index}"><header><h2>'
+        f'{escape(stage.title or stage.name)}</h2><p class="facts"><span>stage {index}, <code>{escape(stage.name)}</code>'
+        f"</span>{paper}<span>{duration(stage.seconds)}</span></p></header>{figures(stage.figures)}{charts}{tables}</section>"
+    )
+
+
+def chart(curve: Curve, stage_name: str, rows: Rows) -> str:
+    """A curve with its legend (name and last value of every line), drawn from the rows of its stage."""
+    series = curve_series(curve, [row for row in rows if row["stage"] == stage_name])
+    label = "seconds" if curve.x == "time" else curve.x
+    said = "; ".join(f"{one.name}: last {number(_last(one))}" for one in series)
+    svg = line_chart(series, x_label=label, description=f"{curve.title}. {said}")
+    unit = f" <span>{escape(curve.unit)}</span>" if curve.unit else ""
+    title = f"<figcaption>{escape(curve.title)}{unit}</figcaption>"
+    if not svg:
+        wanted = escape(", ".join(curve.y))
+        return f'<figure class="plot">{title}<p class="none">No values of {wanted} in metrics/{escape(stage_name)}.jsonl.</p></figure>'
+    legend = "".join(
+        f'<li style="--c:var(--series-{index % COLOURS})"><i></i>{escape(one.name)} <b>{_legend_value(one)}</b></li>'
+        for index, one in enumerate(series)
+    )
+    smooth = any(len(one.x) >= SMOOTH_FROM for one in series)
+    note = '<p class="note">Bold: running mean. Faint: every row.</p>' if smooth else ""
+    return f'<figure class="plot">{title}<ul class="legend">{legend}</ul>{svg}{note}</figure>'
+
+
+def curve_series(curve: Curve, rows: Rows) -> list[Series]:
+    """The lines of a curve: for each task and each column in `y` the rows that have both x and y, sorted by x."""
+    tasks = curve.tasks or list(dict.fromkeys(str(row["task"]) for row in rows))
+    start = min((row["time"] for row in rows), default=0.0) if curve.x == "time" else 0.0
+    found = []
+    for task in tasks:
+        for column in curve.y:
+            points = sorted(
+                ((row[curve.x] - start, row[column]) for row in rows if _has(row, task, curve.x, column)),
+                key=lambda point: point[0],
+            )
+            if points:
+                name = column if len(tasks) == 1 else task if len(curve.y) == 1 else f"{task} · {column}"
+                found.append(Series(name, [x for x, _ in points], [y for _, y in points]))
+    return found
+
+
+def _has(row: Mapping[str, Any], task: str, x: str, y: str) -> bool:
+    return row["task"] == task and y in row and isinstance(row.get(x), int | float)
+
+
+def _last(series: Series) -> float | None:
+    return next((value for value in reversed(series.y) if value is not None), None)
+
+
+def _legend_value(series: Series) -> str:
+    last = _last(series)
+    return "" if last is None else compact(last)
+
+
+def samples_section(samples: Sequence[Sample]) -> str:
+    """An overview (policies × prompts) and, for every prompt, all answers side by side."""
+    if not samples:
+        return ""
+    kinds = list(dict.fromkeys(sample.kind for sample in samples if sample.kind))
+    options = "".join(f'<option value="{escape(kind)}">{escape(kind)}</option>' for kind in kinds)
+    choose = f'<label>Kind <select id="kind"><option value="">all</option>{options}</select></label>' if kinds else ""
+    controls = (
+        f'<form class="controls">{choose}<label><input type="checkbox" id="split"> '
+        f'only where the policies disagree</label><output id="shown"></output></form>'
+    )
+    cards = "".join(_sample(index, sample) for index, sample in enumerate(samples, start=1))
+    return (
+        f'<section id="samples"><header><h2>Answers side by side</h2><p class="lead">The same prompts, answered by every '
+        f"policy of the run.</p></header>{_overview(samples)}{controls}{cards}</section>"
+    )
+
+
+def _overview(samples: Sequence[Sample]) -> str:
+    policies = list(dict.fromkeys(answer.policy for sample in samples for answer in sample.answers))
+    lines = []
+    for policy in policies:
+        cells, passed, checked = "", 0, 0
+        for index, sample in enumerate(samples, start=1):
+            answer = next((answer for answer in sample.answers if answer.policy == policy), None)
+            if answer is None:
+                cells += "<i></i>"
+                continue
+            state, mark = _verdict(answer)
+            checked += answer.passed is not None
+            passed += answer.passed is True
+            cells += f'<a class="{state}" href="#sample-{index}" title="prompt {index}: {state}">{mark}</a>'
+        rate = f"{passed} / {checked}" if checked else number(None)
+        lines.append(
+            f'<div class="who">{escape(policy)}</div><div class="marks">{cells}</div><div class="rate">{rate}</div>'
+        )
+    return f'<div class="overview">{"".join(lines)}</div>'
+
+
+def _verdict(answer: Answer) -> tuple[str, str]:
+    return {True: ("pass", "✓"), False: ("fail", "✗"), None: ("unchecked", "·")}[answer.passed]
+
+
+def _sample(index: int, sample: Sample) -> str:
+    verdicts = {answer.passed for answer in sample.answers}
+    expected = f'<p class="expected">expected <code>{escape(sample.expected)}</code></p>' if sample.expected else ""
+    kind = f'<span class="kind">{escape(sample.kind)}</span>' if sample.kind else ""
+    answers = ""
+    for answer in sample.answers:
+        state, mark = _verdict(answer)
+        text = f'<pre dir="auto">{escape(answer.text)}</pre>' if answer.text else '<p class="none">(empty)</p>'
+        answers += (
+            f'<div class="answer {state}"><p class="by">{escape(answer.policy)}'
+            f'<span class="chip {state}">{mark} {state}</span></p>{text}</div>'
+        )
+    return (
+        f'<article class="sample" id="sample-{index}" data-kind="{escape(sample.kind)}" data-split="{int(len(verdicts) > 1)}">'
+        f'<div class="asked"><p class="by">prompt {index}{kind}</p><pre dir="auto">{escape(sample.prompt)}</pre>{expected}</div>'
+        f'<div class="answers">{answers}</div></article>'
+    )
+
+
+def timings_section(report: Report) -> str:
+    """Where the time went: by stage, and by actor as a share of the run."""
+    spent = sum(stage.seconds for stage in report.stages)
+    total = max(report.total_s, spent)
+    if not total:
+        return ""
+    entries = [(stage.title or stage.name, stage.seconds, phase_of(stage.name)) for stage in report.stages]
+    if total - spent > 0.01 * total:
+        entries.append(("between stages (start, hand-over, report)", total - spent, len(PHASES)))
+    longest = max(seconds for _, seconds, _ in entries)
+    stages = "".join(
+        f'<div class="phase-{phase}"><span class="who">{escape(name)}</span>{bar(seconds / longest)}'
+        f'<span class="much">{duration(seconds)}</span><span class="much">{share(seconds / total)}</span></div>'
+        for name, seconds, phase in entries
+    )
+    actors = "".join(
+        f'<div><span class="who">{escape(actor.name)} <small>{escape(actor.role)}</small></span>{bar(actor.busy_s / total)}'
+        f'<span class="much">{duration(actor.busy_s)}</span><span class="much">{actor.calls:,} calls</span>'
+        f'<span class="much">{"" if actor.peak_mib is None else f"{actor.peak_mib:,.0f} MiB"}</span></div>'
+        for actor in sorted(report.actors, key=lambda actor: -actor.busy_s)
+    )
+    busy = f'<h3>Actors: busy time as a share of the run</h3><div class="bars actors">{actors}</div>' if actors else ""
+    return (
+        f'<section id="timings"><header><h2>Timings</h2></header><h3>Stages</h3>'
+        f'<div class="bars stages">{stages}</div>{busy}</section>'
+    )
+
+
+def environment_section(report: Report, topology_text: str) -> str:
+    """Machine and versions, and the topology file as resolved."""
+    items = "".join(
+        f"<div><dt>{escape(str(key))}</dt><dd>{escape(_plain(value))}</dd></div>"
+        for key, value in report.environment.items()
+    )
+    listing = f"<dl>{items}</dl>" if items else ""
+    source = (
+        f"<details><summary>topology.yaml, as resolved</summary><pre>{escape(topology_text)}</pre></details>"
+        if topology_text
+        else ""
+    )
+    return f'<section id="environment"><header><h2>Environment</h2></header>{listing}{source}</section>'
+
+
+def _plain(value: Any) -> str:
+    return number(value) if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)

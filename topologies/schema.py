@@ -1,0 +1,326 @@
+"""The topology file, typed: one YAML describes the whole system.
+
+Every default stands here, in `actor_options` or in `stage_options`. An unknown key, a wrong type, a stage out of order
+or data that a stage reads and nobody gives is an error with file, line and the nearest valid name. `load_topology` is
+the way in; `Topology.resolved` is what a run folder keeps.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_serializer,
+    model_validator,
+)
+
+from afm_rl.config import PRESETS, ModelConfig
+from afm_rl.errors import UserError
+from topologies.actor_options import Actors
+from topologies.stage_options import STAGES, AnyStage, StageOptions, stage_from_yaml
+from topologies.strict import Count, CountOrZero, Positive, Strict, nearest, problem
+from topologies.yaml_source import Document, Loc, apply_override, parse_yaml, read_yaml, show
+
+_DIMENSIONS = ("vocab_size", "dim", "ffn_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+
+#: A path of the user's, made absolute at once: actors run elsewhere.
+DataPath = Annotated[str, AfterValidator(os.path.abspath)]
+
+
+def _checks_files(info: ValidationInfo) -> bool:
+    return bool((info.context or {}).get("check_files"))
+
+
+class Model(Strict):
+    """A preset (with changes), dimensions of one's own, or the folder of a Hugging Face checkpoint."""
+
+    preset: str | None = None
+    huggingface: DataPath | None = None
+    vocab_size: Count | None = None
+    dim: Count | None = None
+    ffn_dim: Count | None = None
+    num_layers: Count | None = None
+    num_heads: Count | None = None
+    num_kv_heads: Count | None = None
+    head_dim: Count | None = None
+    rope_base: Positive | None = None
+    norm_eps: Positive | None = None
+    tie_embeddings: bool | None = None
+    max_positions: Count | None = None
+
+    @model_validator(mode="after")
+    def _check(self, info: ValidationInfo) -> Model:
+        changes = self._changes()
+        if self.huggingface is not None and (self.preset or changes):
+            other = "preset" if self.preset else next(iter(changes))
+            raise problem("a Hugging Face folder gives all dimensions itself; remove this", at=(other,))
+        if self.preset is not None and self.preset not in PRESETS:
+            raise problem(f"unknown model preset '{self.preset}'{nearest(self.preset, PRESETS)}", at=("preset",))
+        missing = [name for name in _DIMENSIONS if name not in changes]
+        if self.preset is None and self.huggingface is None and missing:
+            raise problem(f"missing {', '.join(missing)}; give every dimension, or a preset: {', '.join(PRESETS)}")
+        if self.huggingface is None or _checks_files(info):
+            try:
+                self.config()
+            except (ValueError, OSError) as error:
+                raise problem(str(error), at=("huggingface",) if self.huggingface else ()) from error
+        return self
+
+    def config(self) -> ModelConfig:
+        """The model's shape. Reads the folder where `huggingface` is given; errors as `afm_rl.huggingface`."""
+        if self.huggingface is not None:
+            from afm_rl.huggingface import load_config  # imports JAX, which a topology without a folder does not need
+
+            return load_config(self.huggingface)
+        if self.preset is not None:
+            return PRESETS[self.preset].replace(**self._changes())
+        return ModelConfig(**self._changes())
+
+    def _changes(self) -> dict[str, Any]:
+        values = {
+            name: getattr(self, name) for name in type(self).model_fields if name not in ("preset", "huggingface")
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class SmallModel(Strict):
+    """What `prune` makes: the model with a narrower FFN (3.2.5 prunes nothing else)."""
+
+    ffn_dim: Count = 192
+
+
+class Compute(Strict):
+    """Arithmetic of forward and backward passes; master weights are always float32."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class Documents(Strict):
+    """One file or folder of text per domain of the mixtures."""
+
+    web: DataPath | None = None
+    code: DataPath | None = None
+    math: DataPath | None = None
+    long_context: DataPath | None = None
+
+
+class Files(Strict):
+    """The user's own data (docs/data.md). Relative paths start at the directory the command runs in."""
+
+    documents: Documents | None = None
+    demonstrations: DataPath | None = None
+    prompts: DataPath | None = None
+    eval_prompts: DataPath | None = None
+    preferences: DataPath | None = None
+    feature_demonstrations: DataPath | None = None
+    feature_eval_prompts: DataPath | None = None
+
+    @model_validator(mode="after")
+    def _must_exist(self, info: ValidationInfo) -> Files:
+        for loc, path in self.paths().items():
+            if _checks_files(info) and not Path(path).exists():
+                raise problem(f"{path} does not exist", at=loc)
+        return self
+
+    def paths(self) -> dict[Loc, str]:
+        """Every path given, by its place."""
+        plain: dict[Loc, str] = {(name,): value for name, value in self if isinstance(value, str)}
+        nested: dict[Loc, str] = {
+            ("documents", name): value for name, value in self.documents or () if value is not None
+        }
+        return {**plain, **nested}
+
+
+class WorldSizes(Strict):
+    """How much the embedded world makes."""
+
+    code_bytes: CountOrZero = 3_000_000
+    web_bytes: CountOrZero = 1_000_000
+    math_documents: CountOrZero = 4000
+    long_context_documents: CountOrZero = 400
+    demonstrations: CountOrZero = 6000
+    prompts: CountOrZero = 2000
+    eval_prompts: CountOrZero = 400
+    preferences: CountOrZero = 1000
+    feature_demonstrations: CountOrZero = 800
+
+
+class Data(Strict):
+    """The embedded world, or files."""
+
+    world: Literal["python"] | None = None
+    sizes: WorldSizes = WorldSizes()
+    files: Files | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_to_the_world(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("world") is None and data.get("files") is None:
+            return {**data, "world": "python"}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> Data:
+        if self.world is not None and self.files is not None:
+            raise problem("give either files or world, not both", at=("files",))
+        return self
+
+    def has(self, part: str) -> bool:
+        """Whether the data holds `part`; prompts held out by hash stand in for a missing evaluation file."""
+        if self.files is None:
+            return True
+        if part == "documents":
+            return self.files.documents is not None and any(value for _, value in self.files.documents)
+        if part == "eval_prompts":
+            return bool(self.files.eval_prompts or self.files.prompts)
+        return getattr(self.files, part) is not None
+
+
+def _model_from_yaml(value: Any) -> Any:
+    return {"preset": value} if isinstance(value, str) else value
+
+
+class Topology(Strict):
+    """The whole file. `launcher`, `address` and `run_root` say where it runs; everything else says what is computed."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seed: CountOrZero = 0
+    deterministic: bool = False
+    launcher: Literal["inline", "local", "cluster"] = "local"
+    address: str | None = None
+    run_root: str = "runs"
+    model: Annotated[Model, BeforeValidator(_model_from_yaml)] = Model(preset="tiny")
+    small_model: SmallModel = SmallModel()
+    compute: Compute = Compute()
+    data: Data = Data(world="python")
+    actors: Actors = Actors()
+    stages: Annotated[list[Annotated[AnyStage, BeforeValidator(stage_from_yaml)]], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check(self, info: ValidationInfo) -> Topology:
+        if self.address is not None and self.launcher != "cluster":
+            raise problem("only the cluster launcher takes an address; set launcher: cluster", at=("address",))
+        self._check_order()
+        for i, stage in enumerate(self.stages):
+            for part in stage.reads:
+                if not self.data.has(part):
+                    raise problem(f"reads {part}, and data.files gives none", at=("stages", i, stage.name))
+        if self.model.huggingface is None or _checks_files(info):
+            self._check_shapes()
+        return self
+
+    def _check_order(self) -> None:
+        made: set[str] = {"tokenizer", "base model"} if self.model.huggingface else set()
+        for i, stage in enumerate(self.stages):
+            at = ("stages", i, stage.name)
+            if any(stage.name == earlier.name for earlier in self.stages[:i]):
+                raise problem(f"the stage '{stage.name}' is listed twice", at=at)
+            for need in stage.needs:
+                if need not in made:
+                    makers = " or ".join(f"'{name}'" for name, cls in STAGES.items() if need in cls.makes)
+                    raise problem(f"needs a {need}, which no earlier stage makes; put {makers} before it", at=at)
+            for thing in made.intersection(stage.makes) if self.model.huggingface else ():
+                if stage.name in ("tokenizer", "pretrain"):
+                    raise problem(f"the Hugging Face folder already gives the {thing}; remove this stage", at=at)
+            made.update(stage.makes)
+
+    def _check_shapes(self) -> None:
+        for i, stage in enumerate(self.stages):
+            at: Loc = ("stages", i, stage.name)
+            if stage.name == "tokenizer" and (stage.vocab_size or 0) > self.model.config().vocab_size:
+                limit = self.model.config().vocab_size
+                raise problem(f"{stage.vocab_size} is more than model.vocab_size, {limit}", at=(*at, "vocab_size"))
+            if stage.name == "prune" and self.small_model.ffn_dim >= self.model.config().ffn_dim:
+                limit = self.model.config().ffn_dim
+                raise problem(
+                    f"must be less than model.ffn_dim, {limit}: prune narrows it", at=("small_model", "ffn_dim")
+                )
+            if stage.name == "adapters" and stage.rank not in (ranks := self.stage("recover").ranks):
+                message = f"no recovery adapter of rank {stage.rank} to start from; recover.ranks are {ranks}"
+                raise problem(message, at=(*at, "rank"))
+
+    @field_serializer("stages")
+    def _stages_to_yaml(self, stages: list[StageOptions]) -> list[dict[str, Any]]:
+        return [{stage.name: stage.model_dump(mode="json", exclude={"name"})} for stage in stages]  # type: ignore[attr-defined]
+
+    def stage(self, name: str) -> Any:
+        """The options of the stage called `name`. Errors: KeyError where the topology does not list it."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise KeyError(f"the topology '{self.name}' has no stage '{name}'; it has: {', '.join(self.stage_names)}")
+
+    @property
+    def stage_names(self) -> list[str]:
+        return [stage.name for stage in self.stages]
+
+    def resolved(self) -> dict[str, Any]:
+        """The topology with every default written out: plain data that `parse_topology` reads back to an equal one."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def to_yaml(self) -> str:
+        """`resolved` as YAML text."""
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True, width=120)
+
+
+def load_topology(path: str | Path, overrides: Sequence[str] = (), *, check_files: bool = True) -> Topology:
+    """Read a topology file and apply `--set` overrides in order.
+
+    `check_files` False accepts data paths that are gone, for looking at an old run. Errors: `UserError`, one line a
+    mistake, each with FILE:LINE (or the `--set` option), the place, and what to do.
+    """
+    return _validate(read_yaml(path), overrides, check_files=check_files)
+
+
+def parse_topology(text: str, *, source: str = "topology", check_files: bool = False) -> Topology:
+    """As `load_topology`, from text."""
+    return _validate(parse_yaml(text, source=source), (), check_files=check_files)
+
+
+def _validate(document: Document, overrides: Sequence[str], *, check_files: bool) -> Topology:
+    if isinstance(document.data, dict) and isinstance(model := document.data.get("model"), str):
+        document.replace(
+            ("model",), _model_from_yaml(model), document.place(("model",))
+        )  # so that model.dim=64 can follow
+    for override in overrides:
+        apply_override(document, override)
+    if not isinstance(document.data, dict):
+        raise UserError(f"{document.place(())}: a topology is a mapping with name and stages, got {document.data!r}")
+    try:
+        return Topology.model_validate(document.data, context={"check_files": check_files})
+    except ValidationError as error:
+        raise UserError(_explain(error, document)) from error
+
+
+def _explain(error: ValidationError, document: Document) -> str:
+    """One line per place; the alternatives of a union that all failed share a line."""
+    lines: dict[Loc, list[str]] = {}
+    for item in error.errors(include_url=False):
+        loc: Loc = item["loc"]
+        if item["type"] == "topology":
+            loc, message = (*loc, *item["ctx"]["at"]), item["msg"]
+        elif item["type"] == "missing":
+            message = "missing; it has no default"
+        else:
+            # Pydantic appends the member of a union it tried; what the user wrote ends before that.
+            loc = next(loc[:end] for end in range(len(loc), -1, -1) if document.has(loc[:end]))
+            message = f"{item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"
+        lines.setdefault(loc, []).append(message)
+    return "\n".join(
+        f"{document.place(loc)}: {show(loc) or 'topology'}: {_join(texts)}" for loc, texts in lines.items()
+    )
+
+
+def _join(messages: list[str]) -> str:
+    """'a, got x' and 'b, got x' -> 'a, or b, got x'."""
+    heads = [message.rpartition(", got ")[0] or message for message in messages[:-1]]
+    return ", or ".join([*heads, messages[-1]])

@@ -1,0 +1,181 @@
+"""What a stage works with: the topology, the run folder, the actors, the data, and the few verbs every stage shares.
+
+The verbs are `once` (do it unless the journal says it is done), `train` (a job on the learner, resumed from its newest
+checkpoint), `deploy` (weights to generators, acknowledged), `sample` (responses from a policy, spread over the samplers).
+Everything a verb computes is a function of the topology and its seed, so that a resumed run ends with the same numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from actors.host import Handle, call, gather, spread
+from actors.learner import TrainingJob
+from actors.metrics import Metrics
+from actors.sampler import PolicySpec
+from actors.weights import deliver, publish_folder
+from afm_rl.data.dataset import Dataset
+from afm_rl.generate import request_seed
+from afm_rl.huggingface import load_config
+from afm_rl.packing import Batch
+from afm_rl.tokenizer import Tokenizer
+from afm_rl.types import GenerationRequest, Group, Prompt
+from topologies.journal import Journal
+from topologies.progress import ProgressView
+from topologies.run_folder import RunFolder
+from topologies.schema import Topology
+from topologies.system import System
+
+log = logging.getLogger(__name__)
+
+#: Optimizer steps handed to the learner in one call: few enough that a progress bar moves, enough to hide the call.
+STEPS_PER_CALL = 10
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A trained policy (or reward model) of the run: its name and folder, which never changes once journalled."""
+
+    name: str
+    folder: Path
+    version: int = 0
+
+
+@dataclass
+class Context:
+    """Handed to every stage."""
+
+    topology: Topology
+    run: RunFolder
+    journal: Journal
+    system: System
+    metrics: Metrics
+    progress: ProgressView
+    data: Dataset
+    _tokenizer: Tokenizer | None = field(default=None, init=False)
+    _deployed: dict[str, str] = field(default_factory=dict, init=False)
+
+    @property
+    def seed(self) -> int:
+        return self.topology.seed
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The run's own tokenizer, or that of the Hugging Face folder the model comes from."""
+        return Path(self.topology.model.huggingface) if self.topology.model.huggingface else self.run.tokenizer
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer.load(self.tokenizer_folder)
+        return self._tokenizer
+
+    def once(self, key: str, fn: Callable[[], Any]) -> Any:
+        """fn() the first time, its journalled result ever after."""
+        return self.journal.once(key, fn)
+
+    def policy(self, name: str) -> Policy:
+        """The policy of that name, whether it exists yet or not."""
+        return Policy(name, self.run.policies / name / "0")
+
+    def checkpoints(self, task: str) -> Path:
+        return self.run.checkpoints / task
+
+    def train(
+        self, job: TrainingJob, *, stage: str, policy: Policy, steps: int, batches: Callable[[int], Batch]
+    ) -> dict[str, float]:
+        """Run a job to its end and export it as `policy`; returns the mean metrics of its last tenth.
+
+        `batches(step)` must be a pure function of the step: a resumed job asks again for the steps after its checkpoint.
+        """
+
+        def work() -> dict[str, float]:
+            learner, tail = self.system.learner, max(1, steps // 10)
+            start = call(learner, "begin", job)
+            last: list[dict[str, float]] = []
+            with self.progress.task(job.task, total=steps, done=start) as bar:
+                for first in range(start, steps, STEPS_PER_CALL):
+                    chunk = range(first, min(first + STEPS_PER_CALL, steps))
+                    rows = call(learner, "train", [batches(step) for step in chunk])
+                    for step, row in zip(chunk, rows, strict=True):
+                        self.metrics.log(stage=stage, task=job.task, step=step, values=row)
+                    last = [*last, *rows][-tail:]
+                    bar.advance(len(chunk))
+            self.export(job, policy)
+            return {name: sum(row[name] for row in last) / len(last) for name in (last[0] if last else ())}
+
+        result = self.once(f"train/{job.task}", work)
+        # The exported policy is journalled: its checkpoints have served.
+        shutil.rmtree(self.checkpoints(job.task), ignore_errors=True)
+        return result
+
+    def export(self, job: TrainingJob, policy: Policy) -> None:
+        """Write what the learner trained as `policy`'s folder."""
+        tokenizer = str(self.tokenizer_folder) if job.part == "policy" else None
+        call(self.system.learner, "export", str(policy.folder), tokenizer)
+
+    def spec(self, policy: Policy) -> PolicySpec:
+        """Shape and end tokens of a policy folder."""
+        return PolicySpec(load_config(policy.folder), self.stop_ids)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return (self.tokenizer.end_of_turn_id, self.tokenizer.eos_id)
+
+    def deploy(self, policy: Policy, receivers: Sequence[Handle]) -> None:
+        """Bring a policy folder's weights to generators, through the store, acknowledged by digest."""
+        digest = publish_folder(self.system.store, policy.name, policy.version, policy.folder)
+        deliver(self.system.store, receivers, policy.name, self.spec(policy), digest=digest)
+        call(self.system.store, "forget", policy.name)
+
+    def requests(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        purpose: object,
+        responses: int = 1,
+        temperature: float,
+        max_tokens: int,
+    ) -> list[GenerationRequest]:
+        """One request per prompt; its random stream depends on the run's seed, `purpose` and the prompt's id alone."""
+        return [
+            GenerationRequest(
+                id=prompt.id,
+                prompt_T=self.encode_prompt(prompt),
+                num_responses=responses,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                seed=request_seed(self.seed, purpose, prompt.id),
+            )
+            for prompt in prompts
+        ]
+
+    def encode_prompt(self, prompt: Prompt) -> Any:
+        import numpy as np
+
+        return np.asarray(self.tokenizer.encode_chat(prompt.messages), np.int32)
+
+    def sample(self, policy: Policy, requests: Sequence[GenerationRequest]) -> list[Group]:
+        """Answers of one policy, spread over the samplers in contiguous shares; order kept."""
+        if self._deployed.get("samplers") != str(policy.folder):
+            self.deploy(policy, self.system.samplers)
+            self._deployed["samplers"] = str(policy.folder)
+        return self.generate(requests)
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Group]:
+        """As `sample`, with whatever the samplers hold."""
+        pending = [h.submit("generate", share) for h, share in spread(self.system.samplers, requests)]
+        return [group for groups in gather(pending) for group in groups]
+
+    def samplers_hold(self, what: str) -> None:
+        """Note that the samplers were given something else than a policy folder (a version of a policy in training)."""
+        self._deployed["samplers"] = what
+
+    def texts(self, group: Group) -> list[str]:
+        """The decoded responses of a group."""
+        return [self.tokenizer.decode(response.tolist()) for response in group.responses]

@@ -1,0 +1,196 @@
+"""One graph of actors, three launchers: in this process (inline), on a Ray of this machine (local), on a cluster.
+
+`start` turns the topology's `actors` section into handles. Under Ray every actor is named as the YAML draws it (learner,
+sampler-0, reward-0, ...) in a namespace of the run's name, so that the dashboard and `ray list actors` show the topology.
+What cannot be placed is an error at once, not a wait.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from actors.annotator import Annotator
+from actors.host import ActorStats, Handle, Host, InlineHandle, RayHandle
+from actors.learner import Learner
+from actors.quantizer import Quantizer
+from actors.reward import Reward
+from actors.sampler import Committee, Sampler
+from actors.weights import WeightStore
+from afm_rl.errors import UserError
+from topologies.schema import Topology
+
+#: Bytes of the local object store: weights of small models pass through it, not data sets.
+OBJECT_STORE_BYTES = 512 * 2**20
+#: Seconds a cluster may take to place an actor before the launch fails.
+PLACEMENT_DEADLINE_S = 120.0
+
+
+@dataclass(frozen=True)
+class System:
+    """Handles to the running topology. `dashboard` is its address, or None under the inline launcher."""
+
+    learner: Handle
+    samplers: list[Handle]
+    rewards: list[Handle]
+    committee: list[Handle]
+    annotator: Handle
+    quantizers: list[Handle]
+    store: Handle
+    dashboard: str | None
+    launcher: str
+
+    @property
+    def handles(self) -> list[Handle]:
+        return [
+            self.learner,
+            *self.samplers,
+            *self.rewards,
+            *self.committee,
+            self.annotator,
+            *self.quantizers,
+            self.store,
+        ]
+
+    def stats(self) -> list[ActorStats]:
+        """Busy time, calls and memory of every actor."""
+        return [handle.stats() for handle in self.handles]
+
+
+@dataclass(frozen=True)
+class ActorDeclaration:
+    """One actor as the topology draws it."""
+
+    name: str
+    role: type
+    num_cpus: float
+    num_gpus: float
+    kwargs: dict[str, Any]
+
+
+def declare(topology: Topology) -> dict[str, list[ActorDeclaration]]:
+    """Every actor of the topology by role, in the order they start."""
+    actors, dtype = topology.actors, topology.compute.dtype
+    options: dict[str, tuple[type, int, Any, dict[str, Any]]] = {
+        "weights": (WeightStore, 1, None, {}),
+        "learner": (Learner, 1, actors.learner, {"compute_dtype": dtype}),
+        "sampler": (
+            Sampler,
+            actors.sampler.replicas,
+            actors.sampler,
+            {"max_batch": actors.sampler.max_batch, "compute_dtype": dtype},
+        ),
+        "reward": (Reward, actors.reward.replicas, actors.reward, {"compute_dtype": dtype}),
+        "committee": (
+            Committee,
+            actors.committee.replicas,
+            actors.committee,
+            {"max_batch": actors.committee.max_batch, "compute_dtype": dtype},
+        ),
+        "annotator": (
+            Annotator,
+            1,
+            actors.annotator,
+            {"kind": actors.annotator.kind, "seed": topology.seed, "flip_rate": actors.annotator.flip_rate},
+        ),
+        "quantizer": (Quantizer, actors.quantizer.replicas, actors.quantizer, {}),
+    }
+    single = {"weights", "learner", "annotator"}
+    return {
+        role: [
+            ActorDeclaration(
+                role if role in single else f"{role}-{i}",
+                cls,
+                getattr(section, "num_cpus", 0.05),
+                getattr(section, "num_gpus", 0.0),
+                kwargs,
+            )
+            for i in range(count)
+        ]
+        for role, (cls, count, section, kwargs) in options.items()
+    }
+
+
+@contextmanager
+def start(topology: Topology) -> Iterator[System]:
+    """The running topology; everything it started is ended when the block is left."""
+    declarations = declare(topology)
+    if topology.launcher == "inline":
+        yield _system({r: [_inline(d) for d in ds] for r, ds in declarations.items()}, None, "inline")
+        return
+    import ray
+
+    dashboard = _connect(topology)
+    try:
+        handles = {role: [_ray_actor(d) for d in ds] for role, ds in declarations.items()}
+        _await_placement([h for hs in handles.values() for h in hs])
+        yield _system(handles, dashboard, topology.launcher)
+    finally:
+        ray.shutdown()
+
+
+def _system(handles: dict[str, list[Any]], dashboard: str | None, launcher: str) -> System:
+    return System(
+        learner=handles["learner"][0],
+        samplers=handles["sampler"],
+        rewards=handles["reward"],
+        committee=handles["committee"],
+        annotator=handles["annotator"][0],
+        quantizers=handles["quantizer"],
+        store=handles["weights"][0],
+        dashboard=dashboard,
+        launcher=launcher,
+    )
+
+
+def _inline(declaration: ActorDeclaration) -> InlineHandle:
+    return InlineHandle(declaration.name, declaration.role, declaration.kwargs)
+
+
+def _ray_actor(declaration: ActorDeclaration) -> RayHandle:
+    import ray
+
+    # Ray names an actor's class after the Python class: a subclass per role makes the dashboard say "Learner", not "Host".
+    host = type(declaration.role.__name__, (Host,), {"__module__": Host.__module__})
+    actor = (
+        ray.remote(host)
+        .options(name=declaration.name, num_cpus=declaration.num_cpus, num_gpus=declaration.num_gpus, max_concurrency=1)
+        .remote(declaration.name, declaration.role, declaration.kwargs)
+    )
+    return RayHandle(declaration.name, actor)
+
+
+def _connect(topology: Topology) -> str | None:
+    import ray
+
+    # Ray's uv hook would build a second environment for every worker when launched through `uv run`.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    address = "local" if topology.launcher == "local" else topology.address
+    local_only = {"include_dashboard": True, "object_store_memory": OBJECT_STORE_BYTES} if address == "local" else {}
+    try:
+        context = ray.init(
+            address=address, namespace=topology.name, log_to_driver=False, logging_level="ERROR", **local_only
+        )
+    except ConnectionError as error:
+        raise UserError(
+            f"no Ray cluster answers at address {address!r}: {error}. Start one with `ray start --head`, set `address`, or "
+            "use launcher: local"
+        ) from error
+    return f"http://{context.dashboard_url}" if context.dashboard_url else None
+
+
+def _await_placement(handles: list[RayHandle]) -> None:
+    """Every actor answers, or the launch fails with the names of those that cannot be placed."""
+    from actors.host import gather
+
+    for handle in handles:
+        try:
+            gather([handle.submit_stats()], deadline_s=PLACEMENT_DEADLINE_S)
+        except TimeoutError as error:
+            raise UserError(
+                f"actor {handle.name} could not be placed within {PLACEMENT_DEADLINE_S:.0f} s: the cluster lacks the CPUs, GPUs "
+                "or nodes it asks for; compare `afm-rl plan FILE` with `ray status`"
+            ) from error

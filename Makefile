@@ -20,7 +20,7 @@ install: $(STAMP)
 $(STAMP): requirements.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install it or pass PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x $(BIN)/python || { echo "==> creating $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
-	@echo "==> installing requirements.lock into $(VENV) (about a minute, 1.4 GB)"
+	@echo "==> installing requirements.lock into $(VENV) (one to three minutes, 1.4 GB)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from afm_rl.lora import init_lora
 from afm_rl.model import init_params
 from afm_rl.objectives.mdloo import leave_one_out, shaped_reward
 from afm_rl.packing import Batch, Example, pad
-from afm_rl.policy_losses import adapter_view, build, full_view, response_logps
+from afm_rl.policy_losses import View, adapter_view, build, full_view, response_logps
 from afm_rl.recipe import OptimizerSpec
 from afm_rl.reward_model import init_heads
 from afm_rl.training import TrainState, create_state, make_train_step, to_floats
 from afm_rl.types import ScoredGroup, Weights
 from afm_rl.weights import flatten
+from pretrain.pruning import init_scores, mask_view, prune
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ class TrainingJob:
     """One training task. Folders are policy folders (Hugging Face layout), reward models or packages.
 
     `init` None starts from random weights of `config`; `frozen` maps a role (reference, teacher, base) to a folder.
-    `part` picks what is trained: "policy", "reward" (the trunk with fresh heads unless `init` is a reward model) or "adapter".
+    `part` picks what is trained: "policy", "reward" (the trunk with fresh heads unless `init` is a reward model), "adapter"
+    (LoRA over `init`, which may be a package), or "masks" (3.2.1: exports the model pruned to `keep_units`). `config` beside
+    `init` may change the RoPE base only.
     """
 
     task: str
@@ -59,6 +63,7 @@ class TrainingJob:
     options: Mapping[str, Any] = field(default_factory=dict)
     part: str = "policy"
     adapter: AdapterSpec | None = None
+    keep_units: int | None = None
     checkpoint_every: int = 100
     seed: int = 0
 
@@ -80,36 +85,45 @@ class Learner:
         self._job: TrainingJob | None = None
         self._state: TrainState | None = None
         self._frozen: dict[str, Any] = {}
+        self._view: View = full_view
         self.config: ModelConfig | None = None
 
     def begin(self, job: TrainingJob) -> int:
         """Set the job up, from its newest checkpoint where one exists; returns the step (or iteration) to go on from."""
         loaded = load_artifact(job.init) if job.init else None
-        config = loaded.config if loaded else job.config
+        config = job.config or (loaded.config if loaded else None)
         if config is None:
             raise ValueError(f"training job {job.task!r} has neither a policy to start from nor a model configuration")
+        if loaded and config.replace(rope_base=0.0) != loaded.config.replace(rope_base=0.0):
+            raise ValueError(f"training job {job.task!r}: {job.init} has another shape than the job's configuration")
         frozen = {role: load_artifact(folder) for role, folder in job.frozen.items()}
         self._frozen = {role: jax.tree.map(jnp.asarray, artifact.params) for role, artifact in frozen.items()}
         options: dict[str, Any] = {"compute_dtype": self._dtype, **job.options}
         if "teacher" in frozen:
             options["teacher_config"] = frozen["teacher"].config
-        key = jax.random.key(job.seed)
-        params = loaded.params if loaded else init_params(config, key)
-        view = full_view
-        if job.part == "reward":
-            params = params if "heads" in params else {"trunk": params, "heads": init_heads(config, key)}
-        elif job.part == "adapter":
-            if job.adapter is None:
-                raise ValueError(f"training job {job.task!r} trains an adapter but names no rank")
-            self._frozen["base"] = jax.tree.map(jnp.asarray, params)
-            params = _start_adapter(job.adapter, config, key)
-            view = adapter_view(alpha=job.adapter.alpha, rank=job.adapter.rank)
+        params = loaded.params if loaded else init_params(config, jax.random.key(job.seed))
+        trained = self._trained(job, params, config)
         optimizer = job.optimizer.build(width=config.dim)
-        self._step = make_train_step(build(job.objective, config, options, view=view), optimizer, seed=job.seed)
+        self._step = make_train_step(build(job.objective, config, options, view=self._view), optimizer, seed=job.seed)
         self._job, self.config = job, config
-        self._logps = jax.jit(self._log_probs, static_argnames="temperature")
-        self._state = create_state(params, optimizer)
+        self._logps = jax.jit(partial(_log_probs, config=config, dtype=self._dtype), static_argnames=("view", "temperature"))
+        self._state = create_state(trained, optimizer)
         return self._restore()
+
+    def _trained(self, job: TrainingJob, params: Any, config: ModelConfig) -> Any:
+        """What the job trains, out of the parameters it starts from; sets the view that the model sees them through."""
+        key, self._view = jax.random.key(job.seed), full_view
+        if job.part == "reward":
+            return params if "heads" in params else {"trunk": params, "heads": init_heads(config, key)}
+        if job.part == "masks":
+            self._view = mask_view(k=_required(job.keep_units, job, "how many units to keep"))
+            return {"model": params, "scores": init_scores(config)}
+        if job.part == "adapter":
+            adapter = _required(job.adapter, job, "the adapter's rank")
+            self._frozen["base"] = jax.tree.map(jnp.asarray, params)
+            self._view = adapter_view(alpha=adapter.alpha, rank=adapter.rank)
+            return _start_adapter(adapter, config, key)
+        return params
 
     def train(self, batches: Sequence[Batch]) -> list[dict[str, float]]:
         """One optimizer step per batch, a checkpoint where one is due; metrics of every step."""
@@ -124,8 +138,10 @@ class Learner:
 
     def log_probs(self, batch: Batch, which: str = "current", temperature: float = 1.0) -> np.ndarray:
         """log p of the targets [B, T] under the trained parameters ("current") or a frozen tree (its role)."""
-        params = self._require_state().params if which == "current" else self._frozen[which]
-        return np.asarray(self._logps(params, batch, temperature=temperature))
+        frozen, view = self._frozen, self._view
+        params = self._require_state().params if which == "current" else frozen[which]
+        view = view if which == "current" else full_view
+        return np.asarray(self._logps(params, frozen, batch, view=view, temperature=temperature))
 
     def update_mdloo(self, iteration: int, groups: Sequence[ScoredGroup], settings: MdlooSettings) -> dict[str, float]:
         """One policy-update stage over n x K responses sampled from the current parameters (theta_k).
@@ -184,9 +200,12 @@ class Learner:
 
     def export(self, folder: str, tokenizer_folder: str | None = None) -> None:
         """Write what was trained as a policy folder, a reward model or an adapter."""
-        job, params = self._require_job(), jax.tree.map(np.asarray, self._require_state().params)
-        assert self.config is not None
-        save_artifact(Path(folder), params, self.config, adapter=job.adapter, tokenizer_folder=tokenizer_folder)
+        job, params, config = self._require_job(), jax.tree.map(np.asarray, self._require_state().params), self.config
+        assert config is not None
+        if job.part == "masks":
+            k = _required(job.keep_units, job, "how many units to keep")
+            params, config = prune(params["model"], params["scores"], k=k), config.replace(ffn_dim=k)
+        save_artifact(Path(folder), params, config, adapter=job.adapter, tokenizer_folder=tokenizer_folder)
 
     def _restore(self) -> int:
         job = self._require_job()
@@ -198,12 +217,6 @@ class Learner:
         self._state = jax.tree.map(jnp.asarray, checkpoint.restore(found, like=self._require_state()))
         return int(found.metadata["step"])
 
-    def _log_probs(self, params: Any, batch: Batch, temperature: float) -> jax.Array:
-        assert self.config is not None
-        return response_logps(
-            params, batch, config=self.config, compute_dtype=jnp.dtype(self._dtype), temperature=temperature
-        )
-
     def _require_job(self) -> TrainingJob:
         if self._job is None:
             raise RuntimeError("the learner has no job: call begin() first")
@@ -213,6 +226,20 @@ class Learner:
         if self._state is None:
             raise RuntimeError("the learner has no state: call begin() first")
         return self._state
+
+
+def _log_probs(
+    params: Any, frozen: Any, batch: Batch, *, view: View, temperature: float, config: ModelConfig, dtype: str
+) -> jax.Array:
+    return response_logps(
+        view(params, frozen, batch), batch, config=config, compute_dtype=jnp.dtype(dtype), temperature=temperature
+    )
+
+
+def _required(value: Any, job: TrainingJob, what: str) -> Any:
+    if value is None:
+        raise ValueError(f"training job {job.task!r} trains {job.part} but does not say {what}")
+    return value
 
 
 def responses_batch(groups: Sequence[ScoredGroup], *, pad_id: int = 0) -> tuple[Batch, np.ndarray, np.ndarray]:

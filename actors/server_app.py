@@ -1,8 +1,8 @@
 """HTTP around a `ChatServer`: a FastAPI app with OpenAI's routes, its error shape, and server-sent events for streams.
 
 Generation runs in a thread, never on the event loop, so that /health answers while the model works. A client that goes
-away ends its stream: the token generator is closed, which abandons the rest of the response. There is no authentication:
-the server listens on the loopback interface unless told otherwise.
+away ends its stream: the token generator is closed, which abandons the rest of the response. There is no
+authentication: the server listens on the loopback interface unless told otherwise.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""What generates behind the server (paper 5.1): one base model, and LoRA adapters loaded, cached and swapped at run time.
+"""What generates behind the server (paper 5.1): a base model, and LoRA adapters loaded, cached and swapped at run time.
 
-The base is a palettized package or a policy in Hugging Face's layout; adapters are folders below its `adapters/`, in PEFT's
-layout, and one that appears or changes there is served from the next request on. Every resident adapter has a `Generator`
-of its own over the same base arrays, so that a running stream keeps its weights whatever is loaded or evicted meanwhile.
-One piece of work runs at a time: a whole request, or one chunk of a stream, so that a slow reader holds nobody up.
+The base is a palettized package or a policy in Hugging Face's layout; adapters are folders below its `adapters/`, in
+PEFT's layout, and one that appears or changes there is served from the next request on. Every resident adapter has a
+`Generator` of its own over the same base arrays, so that a running stream keeps its weights whatever is loaded or
+evicted meanwhile. One piece of work runs at a time, a whole request or one chunk of a stream: a slow reader holds
+nobody up. Continuous batching is not in this version.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from collections import OrderedDict, abc
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from afm_rl.tokenizer import Tokenizer
 from afm_rl.types import GenerationRequest, Group
 
 BASE = "base"
+ADAPTER_FILE = "adapter_model.safetensors"
 #: Sequences are scored at a multiple of this length, so many rows of logits at a time.
 SCORE_BUCKET = 64
 #: How many alternatives the scoring programs rank: each is one compiled program.
@@ -48,7 +49,8 @@ class AdapterBackend:
     """Serves `folder`: model "base", and one model per adapter. Thread safe.
 
     At most `max_adapters` adapters stay in memory, the least recently used one is dropped first. `max_batch` bounds the
-    responses of one request. Raises ValueError or FileNotFoundError, naming the file, for a folder that cannot be loaded.
+    responses of one request. Raises ValueError or FileNotFoundError, naming the file, for a folder that cannot be
+    loaded.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class AdapterBackend:
         self.tokenizer = Tokenizer.load(self._folder)
         self.config, params = _load_base(self._folder)
         self._lock = threading.Lock()
-        self._base = self._resident(BASE, jax.tree.map(jnp.asarray, params), stamp=(0, 0))
+        self._base = self._resident(BASE, params, stamp=(0, 0))
         self._adapters: OrderedDict[str, _Resident] = OrderedDict()
 
     @property
@@ -134,10 +136,9 @@ class AdapterBackend:
         return held
 
     def _resident(self, name: str, params: Params, stamp: tuple[int, int]) -> _Resident:
+        params = jax.tree.map(jnp.asarray, params)  # the base's arrays are there already, and are shared
         stop_ids = (self.tokenizer.eos_id, self.tokenizer.end_of_turn_id)
-        generator = Generator(
-            self.config, stop_ids=stop_ids, max_batch=self._max_batch, compute_dtype=self._dtype
-        )
+        generator = Generator(self.config, stop_ids=stop_ids, max_batch=self._max_batch, compute_dtype=self._dtype)
         generator.load(params, policy=name, version=0)
         return _Resident(params, generator, stamp)
 
@@ -161,12 +162,30 @@ def _score(
     return own.reshape(-1), best.reshape(-1, top), ids.reshape(-1, top)
 
 
-ADAPTER_FILE = "adapter_model.safetensors"
-
-
 def _load_base(folder: Path) -> tuple[ModelConfig, Params]:
     return load_params(folder)
 
 
 def _attach_adapter(base: Params, folder: Path) -> Params:
-    raise ValueError(f"{folder}")
+    import json, re
+    from safetensors.numpy import load_file
+    from afm_rl.lora import attach
+
+    cfg = json.loads((folder / "adapter_config.json").read_text())
+    t = load_file(folder / ADAPTER_FILE)
+    layers = {}
+    L = base["layers"]["attn_norm"].shape[0]
+    for n in "q k v o gate up down".split():
+        layers[n] = {
+            k: np.stack(
+                [
+                    next(v for key, v in t.items() if f"layers.{l}." in key and f".{n}_proj.lora_{k.upper()}" in key)
+                    for l in range(L)
+                ]
+            )
+            for k in "ab"
+        }
+    try:
+        return attach(base, {"layers": layers}, alpha=cfg["lora_alpha"], rank=cfg["r"])
+    except ValueError as e:
+        raise ValueError(f"{folder}: {e}") from e

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from afm_rl.errors import UserError
 from afm_rl.safetensors_file import SafetensorsError, read_safetensors, write_safetensors
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ _TEMPORARY, _ASIDE, _REMOVING = ".writing-", ".aside-", ".removing-"
 _NAME = re.compile(rf"({re.escape(_ASIDE)})?step-(\d{{12,}})")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint could not be written, or none of those present can be used."""
 
 
@@ -46,7 +47,7 @@ class CheckpointError(RuntimeError):
 class Checkpoint:
     """One checkpoint whose bytes were verified. `metadata` is what `save` was given, as JSON gives it back."""
 
-    path: Path
+    folder: Path
     step: int
     metadata: dict[str, Any]
     leaves: dict[str, dict[str, Any]] = field(repr=False)  # tree path -> {kind, and the value of a Python scalar}
@@ -117,7 +118,7 @@ def restore(checkpoint: Checkpoint, *, like: Any) -> Any:
     paths = [jax.tree_util.keystr(path) for path, _ in wanted]
     problems = [f"{path} is not in the checkpoint" for path in paths if path not in checkpoint.leaves]
     problems += [f"{path} is in the checkpoint only" for path in checkpoint.leaves if path not in set(paths)]
-    arrays = read_safetensors(checkpoint.path / ARRAYS_FILE)
+    arrays = read_safetensors(checkpoint.folder / ARRAYS_FILE)
     leaves = []
     for path, (_, leaf) in zip(paths, wanted, strict=True):
         if path in checkpoint.leaves:
@@ -126,7 +127,7 @@ def restore(checkpoint: Checkpoint, *, like: Any) -> Any:
             leaves.append(None if problem else _from_stored(checkpoint.leaves[path], arrays.get(path), leaf))
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise CheckpointError(f"{checkpoint.path} does not fit the tree to restore: {shown}")
+        raise CheckpointError(f"{checkpoint.folder} does not fit the tree to restore: {shown}")
     return jax.tree_util.tree_unflatten(structure, leaves)
 
 

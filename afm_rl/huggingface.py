@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from afm_rl.config import ModelConfig
+from afm_rl.errors import UserError
 from afm_rl.model import Params, ParamSpec, Transformer, param_specs
 from afm_rl.safetensors_file import read_safetensors, write_safetensors
 from afm_rl.tokenizer import Tokenizer
@@ -59,7 +60,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 
 
-class UnsupportedCheckpointError(ValueError):
+class UnsupportedCheckpointError(UserError, ValueError):
     """A Hugging Face folder that this architecture cannot hold, or that is incomplete."""
 
 

@@ -1,8 +1,8 @@
 """From a batch to a scalar: the model's forward pass joined to each objective of `afm_rl/objectives/`.
 
 Every builder returns a `training.LossFn`: loss(params, frozen, batch, key). What is trained need not be the whole model:
-`view` turns (trained parameters, frozen trees) into the parameters the model runs with - the identity for full training,
-`adapter_view` for LoRA over a frozen base, `masked_view` for FFN masks that are being learnt.
+`view` turns (trained parameters, frozen trees, batch) into the parameters the model runs with: the identity for full training,
+`adapter_view` for LoRA over a frozen base; pruning brings its own (`pretrain/pruning.py`).
 
 Shapes: B batch, T time, V vocab. Preference batches hold the chosen rows first, then the rejected ones.
 """
@@ -29,17 +29,17 @@ from afm_rl.reward_model import score
 from afm_rl.training import Batch, LossFn
 from afm_rl.types import GRADINGS
 
-View = Callable[[Any, Any], Params]
+View = Callable[[Any, Any, Batch], Params]
 
 
-def full_view(params: Any, frozen: Any) -> Params:  # noqa: ARG001 (the face of every view)
+def full_view(params: Any, frozen: Any, batch: Batch) -> Params:  # noqa: ARG001 (the face of every view)
     """Everything is trained."""
     return params
 
 
 def adapter_view(*, alpha: float, rank: int) -> View:
     """LoRA parameters are trained over frozen["base"]."""
-    return lambda params, frozen: attach(frozen["base"], params, alpha=alpha, rank=rank)
+    return lambda params, frozen, batch: attach(frozen["base"], params, alpha=alpha, rank=rank)
 
 
 def sequence_logits(
@@ -72,7 +72,7 @@ def supervised(
 
     def loss(params: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits_BTV = sequence_logits(
-            view(params, frozen), batch, config=config, compute_dtype=compute_dtype, dropout_rate=dropout, key=key
+            view(params, frozen, batch), batch, config=config, compute_dtype=compute_dtype, dropout_rate=dropout, key=key
         )
         return cross_entropy(logits_BTV, batch["tokens_BT"], batch["mask_BT"], z_loss=z_loss)
 
@@ -94,7 +94,7 @@ def distillation(
         taught_BT = teacher_top1(
             sequence_logits(frozen["teacher"], batch, config=teacher_config, compute_dtype=compute_dtype)
         )
-        logits_BTV = sequence_logits(view(params, frozen), batch, config=config, compute_dtype=compute_dtype)
+        logits_BTV = sequence_logits(view(params, frozen, batch), batch, config=config, compute_dtype=compute_dtype)
         return top1_distillation(
             logits_BTV, batch["tokens_BT"], taught_BT, batch["mask_BT"], true_weight=true_weight
         )
@@ -155,7 +155,7 @@ def preference(
 
     def loss(params: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         del key
-        logp_B = response_logps(view(params, frozen), batch, config=config, compute_dtype=compute_dtype).sum(-1)
+        logp_B = response_logps(view(params, frozen, batch), batch, config=config, compute_dtype=compute_dtype).sum(-1)
         pairs = logp_B.shape[0] // 2
         margin_B = (logp_B - batch["ref_logp_B"])[:pairs] - (logp_B - batch["ref_logp_B"])[pairs:]
         value = objective(

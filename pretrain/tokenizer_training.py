@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 
 import sentencepiece
 
+from afm_rl.errors import UserError
 from afm_rl.tokenizer import (
     END_OF_TURN_PIECE,
     EOS_PIECE,
@@ -36,6 +37,10 @@ _MAX_LINE_CHARS = 4000
 _NOT_LEARNT = re.compile("|".join(re.escape(s) for s in (*MARKER_PIECES, SPACE_SIGN, "\u2585", "\x00")))
 
 
+class TokenizerTrainingError(UserError, ValueError):
+    """The corpus and the requested vocabulary do not go together."""
+
+
 def train_tokenizer(
     texts: Iterable[str],
     *,
@@ -46,15 +51,15 @@ def train_tokenizer(
     """Learn `vocab_size` pieces from `texts` and save the tokenizer in `folder`.
 
     At most `max_chars` characters are learnt from: a fixed pseudo-random sample of whole texts (4 MB take a second).
-    Raises ValueError for an empty corpus, a `vocab_size` below MIN_VOCAB_SIZE, or one the corpus is too small for.
+    Raises TokenizerTrainingError for an empty corpus, or a `vocab_size` below MIN_VOCAB_SIZE or too large for it.
     """
     if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(
+        raise TokenizerTrainingError(
             f"tokenizer.vocab_size must be at least {MIN_VOCAB_SIZE} (bytes, ASCII and markers), got {vocab_size}"
         )
     lines = list(_lines(_sample(texts, max_chars)))
     if not lines:
-        raise ValueError("the tokenizer has no text to learn from: the corpus is empty")
+        raise TokenizerTrainingError("the tokenizer has no text to learn from: the corpus is empty")
     tokenizer = Tokenizer(_train(lines, vocab_size))
     tokenizer.save(folder)
     return tokenizer
@@ -90,7 +95,7 @@ def _train(lines: list[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(_too_small(vocab_size, lines, str(error))) from error
+        raise TokenizerTrainingError(_too_small(vocab_size, lines, str(error))) from error
     return model.getvalue()
 
 

@@ -69,7 +69,7 @@ def test_any_tree_comes_back_bit_for_bit(tmp_path):
     tree = tree_of_everything()
     save(tmp_path, step=12, tree=tree, metadata={"groups": ["a", "b"], "cursor": {"epoch": 1}})
     found = latest(tmp_path)
-    assert (found.step, found.path.name) == (12, "step-000000000012")
+    assert (found.step, found.folder.name) == (12, "step-000000000012")
     assert found.metadata == {"groups": ["a", "b"], "cursor": {"epoch": 1}}
     assert_same(restore(found, like=tree), tree)
 

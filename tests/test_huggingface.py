@@ -12,7 +12,7 @@ import pytest
 
 from afm_rl.config import ModelConfig
 from afm_rl.huggingface import UnsupportedCheckpointError, load_config, load_params, load_pretrained, save_pretrained
-from afm_rl.model import Transformer, init_params
+from afm_rl.model import ParamSpec, Transformer, param_specs
 from afm_rl.safetensors_file import read_safetensors, write_safetensors
 from afm_rl.tokenizer import Tokenizer
 from afm_rl.weights import leaves
@@ -24,7 +24,12 @@ SMALL = ModelConfig(400, 16, 24, 2, 4, 2, 8, rope_base=6_315_089.0, norm_eps=1e-
 
 
 def small_params(config=SMALL, dtype=jnp.float32):
-    return init_params(config, jax.random.key(0), dtype)
+    rng = np.random.default_rng(0)
+
+    def draw(spec):
+        return jnp.asarray(rng.normal(size=spec.shape, scale=spec.std or 1.0), dtype)
+
+    return jax.tree.map(draw, param_specs(config), is_leaf=lambda node: isinstance(node, ParamSpec))
 
 
 def assert_same_tree(a, b):

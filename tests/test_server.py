@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import random
@@ -12,6 +13,7 @@ import numpy as np
 import openai
 import pytest
 from fastapi.testclient import TestClient
+from starlette.requests import ClientDisconnect
 
 from actors.server import ChatServer
 from actors.server_app import MAX_BODY_BYTES, build_app
@@ -56,6 +58,10 @@ class FakeBackend:
         return Group(request.id, request.prompt_T, responses, logps, (True,) * len(responses), model, 0)
 
     def stream(self, model: str, request: GenerationRequest) -> Generator[int, None, None]:
+        self.last_stream = self._stream(model, request)  # held, so that only closing it ends it
+        return self.last_stream
+
+    def _stream(self, model: str, request: GenerationRequest) -> Generator[int, None, None]:
         self.calls.append((model, request))
         self.open_streams += 1
         try:
@@ -460,6 +466,26 @@ def test_closing_a_stream_abandons_the_rest(house: House) -> None:
     chunks.close()
     assert house.backend.open_streams == 0
     assert house.backend.streamed < len(house.backend.script[0])
+
+
+def test_a_client_that_disconnects_ends_its_stream(house: House) -> None:
+    """Guards the HTTP shell: when the connection breaks in mid-stream, the response's generator is closed."""
+    body = json.dumps({"model": "base", "messages": HELLO, "stream": True}).encode()
+    sent = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+        if len(sent) == 4:  # the head, the role, a first piece of text; then the client is gone
+            raise OSError("connection reset")
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b""}
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(house.http.app({**scope, "asgi": {"version": "3.0", "spec_version": "2.4"}}, receive, send))
+    assert house.backend.open_streams == 0
+    assert 0 < house.backend.streamed < len(house.backend.script[0])
 
 
 def pieces(tokens: list[int], tokenizer: Tokenizer, *, stop: tuple[str, ...] = ()) -> Iterator[str]:

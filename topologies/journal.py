@@ -108,7 +108,7 @@ class Journal:
     def once(self, key: str, fn: Callable[[], Any]) -> Any:
         """`fn()` the first time, its recorded result ever after, across restarts.
 
-        The result is what msgpack reads back (tuples are lists), the first time too. If `fn` raises, nothing is recorded.
+        The result is what msgpack reads back (tuples are lists), the first time too. If `fn` raises, nothing is kept.
         Errors: TypeError naming `key` where msgpack cannot hold the result.
         """
         with self._mutex:

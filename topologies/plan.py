@@ -1,7 +1,7 @@
 """What a topology will do, need and take, before anything starts: `afm-rl plan FILE`.
 
-Per actor its resources and memory, per stage its tokens and estimated seconds (`costs`). What the machine cannot hold is
-one error naming every shortage. Neither Ray nor JAX is imported here, unless the model is a Hugging Face folder.
+Per actor its resources and memory, per stage its tokens and estimated seconds (`costs`). What this machine cannot hold
+is one error naming every shortage. Neither Ray nor JAX is imported here, unless the model is a Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -174,12 +174,8 @@ def _learner_bytes(topology: Topology, config: ModelConfig) -> int:
 
 def _trainings(topology: Topology) -> list[Any]:
     """Every set of options with a batch and a sequence length, wherever it stands in a stage."""
-    found = []
-    for stage in topology.stages:
-        for options in (stage, *(value for _, value in stage)):
-            if hasattr(options, "batch") and hasattr(options, "sequence_length"):
-                found.append(options)
-    return found
+    options = [part for stage in topology.stages for part in (stage, *(value for _, value in stage))]
+    return [part for part in options if hasattr(part, "batch") and hasattr(part, "sequence_length")]
 
 
 def _stage(stage: Any, topology: Topology, config: ModelConfig, machine: Machine) -> StagePlan:
@@ -227,14 +223,15 @@ def _reward_model(stage: Any, _: Topology, config: ModelConfig, machine: Machine
 
 
 def _itec(stage: Any, topology: Topology, config: ModelConfig, machine: Machine) -> Cost:
-    responses = stage.prompts_per_round * stage.responses_per_member * len(stage.members)
+    responses = stage.prompts_per_round * stage.responses_per_prompt
     cost = _answers(stage, responses, topology, config, machine) + _fit(stage.reward, config, machine, sequences=2)
     for member in stage.members:
         if member == "mdloo":
             cost += _mdloo(stage.mdloo, topology, config, machine)
         else:
             cost += _fit(getattr(stage, member), config, machine, sequences=2 if member in ("dpo", "ipo") else 1)
-    return cost.times(stage.rounds)
+    reranked = stage.rerank_prompts * stage.responses_per_member * len(stage.members)
+    return cost.times(stage.rounds) + _answers(stage, reranked, topology, config, machine)
 
 
 def _mdloo(options: Any, topology: Topology, config: ModelConfig, machine: Machine) -> Cost:

@@ -1,3 +1,4 @@
+// The report's page: colour scheme, the values under the pointer, the filter of the samples. Texts go in by textContent only.
 (() => {
   const root = document.documentElement, tip = document.getElementById("tip");
   const make = (name, attributes) => {
@@ -6,10 +7,11 @@
     return node;
   };
   document.getElementById("theme").onclick = () => {
-    const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-    root.dataset.theme = dark ? "light" : "dark";
+    const system = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+    root.dataset.theme = (root.dataset.theme || system) === "dark" ? "light" : "dark";
   };
-  const show = value => value === null ? "not finite" : Number(value.toPrecision(5)).toLocaleString("en", {maximumSignificantDigits: 5});
+  const digits = {maximumSignificantDigits: 5};
+  const show = value => value === null ? "not finite" : value.toLocaleString("en", digits);
   const nearest = (xs, x) => {
     let best = 0;
     xs.forEach((value, index) => { if (Math.abs(value - x) < Math.abs(xs[best] - x)) best = index; });
@@ -17,27 +19,32 @@
   };
   for (const svg of document.querySelectorAll("svg.chart")) {
     const {window: [x0, x1, y0, y1], box: [left, right, bottom, top], x: label, series} = JSON.parse(svg.dataset.chart);
-    const cursor = svg.querySelector(".cursor"), line = cursor.querySelector("line"), dots = cursor.querySelector(".dots");
-    const px = x => left + (x - x0) / (x1 - x0) * (right - left), py = y => bottom - (y - y0) / (y1 - y0) * (bottom - top);
+    const cursor = svg.querySelector(".cursor");
+    const line = cursor.querySelector("line"), dots = cursor.querySelector(".dots");
+    const px = x => left + (x - x0) / (x1 - x0) * (right - left);
+    const py = y => bottom - (y - y0) / (y1 - y0) * (bottom - top);
     const hide = () => { cursor.classList.remove("on"); tip.style.display = "none"; };
     svg.addEventListener("pointerleave", hide);
     svg.addEventListener("pointermove", event => {
       const area = svg.getBoundingClientRect();
-      const wanted = x0 + ((event.clientX - area.left) / area.width * svg.viewBox.baseVal.width - left) / (right - left) * (x1 - x0);
+      const pointer = (event.clientX - area.left) / area.width * svg.viewBox.baseVal.width;
+      const wanted = x0 + (pointer - left) / (right - left) * (x1 - x0);
       const found = series.map(one => ({one, at: nearest(one.x, wanted)}));
-      const x = found.map(({one, at}) => one.x[at]).reduce((a, b) => Math.abs(b - wanted) < Math.abs(a - wanted) ? b : a);
+      const xs = found.map(({one, at}) => one.x[at]), x = xs[nearest(xs, wanted)];
       dots.replaceChildren();
       tip.replaceChildren(Object.assign(document.createElement("div"), {textContent: label + " " + show(x)}));
       for (const {one, at} of found) {
         if (Math.abs(one.x[at] - x) > (x1 - x0) / 40) continue;
-        const y = one.y[at], row = document.createElement("div"), mark = document.createElement("i"), value = document.createElement("b");
-        mark.style.background = `var(--series-${one.colour})`;
+        const [row, mark, value] = ["div", "i", "b"].map(name => document.createElement(name));
+        const y = one.y[at], colour = `var(--series-${one.colour})`;
+        mark.style.background = colour;
         value.textContent = show(y);
         row.append(value, mark, one.name);
         tip.append(row);
-        if (y !== null) dots.append(make("circle", {class: "dot", cx: px(one.x[at]), cy: py(y), r: 4, style: `--c:var(--series-${one.colour})`}));
+        if (y !== null) dots.append(make("circle", {class: "dot", cx: px(one.x[at]), cy: py(y), r: 4, style: `--c:${colour}`}));
       }
-      for (const [key, value] of [["x1", px(x)], ["x2", px(x)], ["y1", top], ["y2", bottom]]) line.setAttribute(key, value);
+      const ends = {x1: px(x), x2: px(x), y1: top, y2: bottom};
+      for (const key in ends) line.setAttribute(key, ends[key]);
       cursor.classList.add("on");
       tip.style.display = "block";
       const over = event.clientX + 18 + tip.offsetWidth > innerWidth;
@@ -45,11 +52,13 @@
       tip.style.top = Math.max(4, event.clientY - tip.offsetHeight - 10) + "px";
     });
   }
-  const split = document.getElementById("split"), kind = document.getElementById("kind"), shown = document.getElementById("shown");
+  const [split, kind, shown] = ["split", "kind", "shown"].map(id => document.getElementById(id));
   const cards = [...document.querySelectorAll(".sample")];
   const filter = () => {
-    for (const card of cards)
-      card.hidden = (split.checked && card.dataset.split === "0") || (kind && kind.value && card.dataset.kind !== kind.value);
+    for (const card of cards) {
+      const {split: differs, kind: its} = card.dataset;
+      card.hidden = (split.checked && differs === "0") || Boolean(kind && kind.value && its !== kind.value);
+    }
     shown.textContent = cards.filter(card => !card.hidden).length + " of " + cards.length + " prompts";
   };
   if (split) { split.onchange = filter; if (kind) kind.onchange = filter; filter(); }

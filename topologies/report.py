@@ -1,8 +1,8 @@
 """The run's report: RUN/report.html, one self-contained page made from the run folder alone.
 
-Reads RUN/report.json (what the stages said, see `report_data`), RUN/metrics/*.jsonl (the curves) and RUN/topology.yaml. May be
-written again at any time, also while the run is under way: it shows the stages that have finished. The page asks nothing of the
-network and treats every text of a model as hostile.
+Reads RUN/report.json (what the stages said, see `report_data`), RUN/metrics/*.jsonl (the curves) and RUN/topology.yaml.
+May be written again at any time, also while the run is under way: it shows the stages that have finished. The page asks
+nothing of the network and treats every text of a model as hostile.
 """
 
 from __future__ import annotations

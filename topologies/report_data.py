@@ -1,8 +1,8 @@
 """What a run tells its report: the typed form of RUN/report.json, and how it is read.
 
-The stages of a run write this file as they finish; the curves' points are not in it but in RUN/metrics/*.jsonl. Every list
-may be empty and most fields may be missing, so that an unfinished run has a report too; a key that does not exist is an
-error, because content that silently stays out of a report is worse.
+The stages of a run write this file as they finish; the curves' points are not in it but in RUN/metrics/*.jsonl. Every
+list may be empty and most fields may be missing, so that an unfinished run has a report too; a key that does not exist
+is an error, because content that silently stays out of a report is worse.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Table(_Part):
 
 
 class Curve(_Part):
-    """A chart of metric columns of this stage: one line for each of `tasks` (none given: all) and each column in `y`."""
+    """A chart of this stage's metrics: one line for each of `tasks` (none given: all) and each column in `y`."""
 
     title: str
     x: str = "step"
@@ -51,7 +51,7 @@ class Curve(_Part):
 
 
 class StageResult(_Part):
-    """What one stage of the topology did. `name` is also the name of its metrics file; `paper` the section it follows."""
+    """What one stage of the topology did. `name` also names its metrics file; `paper` is the section it follows."""
 
     name: str
     title: str = ""
@@ -106,7 +106,7 @@ class Report(_Part):
 
 
 def load_report(run_path: Path) -> Report:
-    """Read and check RUN/report.json. Raises UserError that names the file, the place in it, and what is wrong there."""
+    """Read and check RUN/report.json. Raises UserError naming the file, the place in it, and what is wrong."""
     path = run_path / "report.json"
     if not path.is_file():
         raise UserError(f"{path} does not exist: {run_path} is not a run folder, or no stage of it has finished yet")

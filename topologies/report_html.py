@@ -72,6 +72,11 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min"
 
 
+def mebibytes(mib: float) -> str:
+    """An amount of memory given in MiB: 942 MiB, 1.9 GiB."""
+    return f"{mib:.0f} MiB" if mib < 1000 else f"{mib / 1024:.1f} GiB"
+
+
 def figures(items: Sequence[Figure], kind: str = "") -> str:
     """A row of figures: label, large value with its unit, note."""
     if not items:
@@ -80,8 +85,9 @@ def figures(items: Sequence[Figure], kind: str = "") -> str:
     for item in items:
         unit = f' <span class="unit">{escape(item.unit)}</span>' if item.unit else ""
         note = f'<p class="note">{escape(item.note)}</p>' if item.note else ""
-        words = " words" if isinstance(item.value, str) and len(item.value) > 14 else ""
-        value = f'<p class="value{words}">{escape(number(item.value))}{unit}</p>'
+        said = number(item.value)
+        size = " words" if len(said) > 14 else " long" if len(said) > 9 else ""
+        value = f'<p class="value{size}">{escape(said)}{unit}</p>'
         cells.append(f'<div class="figure"><p class="label">{escape(item.label)}</p>{value}{note}</div>')
     return f'<div class="figures {kind}">{"".join(cells)}</div>'
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from topologies.report_data import Report
-from topologies.report_html import escape, number, share
+from topologies.report_html import escape, mebibytes, number, share
 
 #: What stands on the two lower floors, by package.
 FLOOR_2 = ("tokenizer training", "Soft-Top-K pruning", "palettization", "bit allocation", "recovery", "package")
@@ -66,9 +66,9 @@ class _Layout:
 _WIDE = _Layout(
     name="wide",
     width=1000,
-    column_xs=(20, 188, 356, 524, 692, 860),
+    column_xs=(16, 186, 357, 527, 698, 868),
     row_ys=(74, 196, 290),
-    box=(120, 70),
+    box=(116, 70),
     slots={
         "prompts": (0, 0),
         "sampler": (1, 0),
@@ -80,7 +80,7 @@ _WIDE = _Layout(
         "annotator": (2, 1),
         "quantizer": (4, 1),
         "server": (5, 1),
-    },  # fmt: skip
+    },
     spare=((0, 1), (3, 1), *((column, 2) for column in range(6))),
     routes={("weights", "sampler"): "over"},
 )
@@ -101,14 +101,14 @@ _NARROW = _Layout(
         "quantizer": (1, 3),
         "committee": (0, 4),
         "server": (1, 4),
-    },  # fmt: skip
+    },
     spare=tuple((column, row) for row in (5, 6) for column in (0, 1)),
     routes={("weights", "sampler"): "gutter", ("learner", "quantizer"): "margin"},
 )
 
 
 def topology_picture(report: Report, stage_names: Sequence[str]) -> str:
-    """Two `<svg>` drawings of the report's topology; `stage_names` in order, those with results link to their section."""
+    """Two `<svg>` drawings of the topology; of `stage_names`, in order, those with results link to their section."""
     return "".join(_draw(layout, report, stage_names) for layout in (_WIDE, _NARROW))
 
 
@@ -198,18 +198,27 @@ class _Facts:
 
 
 def _facts(role: str, spec: Any, report: Report) -> _Facts:
+    """What a role asks for by the topology (`spec`), and what its actors used by the report."""
     spec = spec if isinstance(spec, Mapping) else {}
     used = [actor for actor in report.actors if actor.role == role]
     replicas = int(spec.get("replicas") or spec.get("processes") or max(1, len(used)))
     cpus = spec.get("num_cpus", used[0].num_cpus if used else None)
-    asked = f"{number(cpus)} CPU" if cpus is not None else ""
-    first = f"{replicas} × {asked}" if asked and replicas > 1 else asked or (f"× {replicas}" if replicas > 1 else "")
+    asked = [f"{number(cpus)} CPU"] if cpus is not None else []
+    asked += [f"{number(spec['num_gpus'])} GPU"] if spec.get("num_gpus") else []
+    resources = " + ".join(asked)
+    if replicas > 1:
+        resources = f"{replicas} × {resources}" if asked else f"{replicas} replicas"
     peak = max((actor.peak_mib for actor in used if actor.peak_mib), default=None)
     busy = sum(actor.busy_s for actor in used) / len(used) / report.total_s if used and report.total_s else None
-    memory = f"{peak:,.0f} MiB" if peak else ""
-    second = " · ".join(part for part in (memory, f"{share(busy)} busy" if busy is not None else "") if part)
-    kind = str(spec.get("kind") or "")
-    return _Facts(replicas, tuple(line for line in (" · ".join(p for p in (kind, first) if p), second) if line), busy)
+    lines = (
+        _joined(str(spec.get("kind") or ""), resources),
+        _joined(mebibytes(peak) if peak else "", f"{share(busy)} busy" if busy is not None else ""),
+    )
+    return _Facts(replicas, tuple(line for line in lines if line), busy)
+
+
+def _joined(*parts: str) -> str:
+    return " · ".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
@@ -239,12 +248,11 @@ class _Box:
 def _draw_box(box: _Box, role: str) -> str:
     lines = box.facts.lines
     passive = " passive" if role in LOOP_DATA and not lines else ""
-    parts = []
-    for behind in range(box.cards, -1, -1):
-        parts.append(
-            f'<rect class="box{passive}" x="{box.x + 4 * behind}" y="{box.y - 4 * behind}" width="{box.width}" '
-            f'height="{box.height}" rx="6"/>'
-        )
+    parts = [
+        f'<rect class="box{passive}" x="{box.x + 4 * behind}" y="{box.y - 4 * behind}" width="{box.width}" '
+        f'height="{box.height}" rx="6"/>'
+        for behind in range(box.cards, -1, -1)
+    ]
     top = box.middle_y + 5 - 8 * len(lines)
     parts.append(f'<text class="role" x="{box.middle_x}" y="{top}">{escape(LOOP_DATA.get(role, role))}</text>')
     for index, line in enumerate(lines, start=1):

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from topologies.report_data import Answer, Curve, Report, Sample, StageResult
-from topologies.report_html import bar, compact, duration, escape, figures, number, share, table
+from topologies.report_html import bar, compact, duration, escape, figures, mebibytes, number, share, table
 from topologies.report_svg import COLOURS, SMOOTH_FROM, Series, line_chart
 
 Rows = Sequence[Mapping[str, Any]]
@@ -31,8 +31,10 @@ def stage_names(report: Report) -> list[str]:
 
 def head(report: Report) -> str:
     """The page's title, when and how long, and how far the run came."""
-    model, seed, listed = report.topology.get("model"), report.topology.get("seed"), stage_names(report)
+    seed, model, listed = report.topology.get("seed"), report.topology.get("model"), stage_names(report)
+    model = model.get("preset") if isinstance(model, Mapping) else model  # resolved and shorthand forms
     facts = (
+        "afm-rl run",
         report.created,
         f"{duration(report.total_s)} in all" if report.total_s else "",
         f"{len(report.stages)} of {len(listed)} stages so far" if len(report.stages) < len(listed) else "",
@@ -60,7 +62,9 @@ def run_strip(report: Report) -> str:
     segments = []
     for index, stage in enumerate(report.stages, start=1):
         width = 100 * stage.seconds / total
-        name = f"<span>{escape(stage.name)}</span>" if width > 1.1 * len(stage.name) else ""
+        fits = width / len(stage.name)  # per cent of the strip a letter may take: 1.1 on a page, 2.6 on a phone
+        size = "short" if fits > 2.6 else "long"
+        name = f'<span class="{size}">{escape(stage.name)}</span>' if fits > 1.1 else ""
         title = escape(f"{stage.name}: {duration(stage.seconds)}")
         segments.append(
             f'<a href="#stage-{index}" class="phase-{phase_of(stage.name)}" style="--w:{width:.3f}" title="{title}" '
@@ -95,9 +99,10 @@ def stage_section(index: int, stage: StageResult, rows: Rows) -> str:
     charts = f'<div class="charts">{charts}</div>' if charts else ""
     tables = "".join(table(one) for one in stage.tables)
     return (
-        f'<section class="stage phase-{phase_of(stage.name)}" id="stage-{index}"><header><h2>'
-        f'{escape(stage.title or stage.name)}</h2><p class="facts"><span>stage {index}, <code>{escape(stage.name)}</code>'
-        f"</span>{paper}<span>{duration(stage.seconds)}</span></p></header>{figures(stage.figures)}{charts}{tables}</section>"
+        f'<section class="stage phase-{phase_of(stage.name)}" id="stage-{index}"><header>'
+        f'<h2>{escape(stage.title or stage.name)}</h2><p class="facts"><span>stage {index}, '
+        f"<code>{escape(stage.name)}</code></span>{paper}<span>{duration(stage.seconds)}</span></p></header>"
+        f"{figures(stage.figures)}{charts}{tables}</section>"
     )
 
 
@@ -111,13 +116,14 @@ def chart(curve: Curve, stage_name: str, rows: Rows) -> str:
     title = f"<figcaption>{escape(curve.title)}{unit}</figcaption>"
     if not svg:
         wanted = escape(", ".join(curve.y))
-        return f'<figure class="plot">{title}<p class="none">No values of {wanted} in metrics/{escape(stage_name)}.jsonl.</p></figure>'
+        missing = f"No values of {wanted} in metrics/{escape(stage_name)}.jsonl."
+        return f'<figure class="plot">{title}<p class="none">{missing}</p></figure>'
     legend = "".join(
         f'<li style="--c:var(--series-{index % COLOURS})"><i></i>{escape(one.name)} <b>{_legend_value(one)}</b></li>'
         for index, one in enumerate(series)
     )
     smooth = any(len(one.x) >= SMOOTH_FROM for one in series)
-    note = '<p class="note">Bold: running mean. Faint: every row.</p>' if smooth else ""
+    note = '<p class="note">Bold: running mean. Faint: the values themselves.</p>' if smooth else ""
     return f'<figure class="plot">{title}<ul class="legend">{legend}</ul>{svg}{note}</figure>'
 
 
@@ -164,8 +170,10 @@ def samples_section(samples: Sequence[Sample]) -> str:
     )
     cards = "".join(_sample(index, sample) for index, sample in enumerate(samples, start=1))
     return (
-        f'<section id="samples"><header><h2>Answers side by side</h2><p class="lead">The same prompts, answered by every '
-        f"policy of the run.</p></header>{_overview(samples)}{controls}{cards}</section>"
+        f'<section id="samples"><header><h2>Answers side by side</h2><p class="lead">The same prompts, answered '
+        "by every policy of the run; those that answered alike share a column.</p></header>"
+        f"{_overview(samples)}{controls}{cards}"
+        "</section>"
     )
 
 
@@ -184,9 +192,7 @@ def _overview(samples: Sequence[Sample]) -> str:
             passed += answer.passed is True
             cells += f'<a class="{state}" href="#sample-{index}" title="prompt {index}: {state}">{mark}</a>'
         rate = f"{passed} / {checked}" if checked else number(None)
-        lines.append(
-            f'<div class="who">{escape(policy)}</div><div class="marks">{cells}</div><div class="rate">{rate}</div>'
-        )
+        lines.append(f'<div>{escape(policy)}</div><div class="rate">{rate}</div><div class="marks">{cells}</div>')
     return f'<div class="overview">{"".join(lines)}</div>'
 
 
@@ -195,21 +201,27 @@ def _verdict(answer: Answer) -> tuple[str, str]:
 
 
 def _sample(index: int, sample: Sample) -> str:
-    verdicts = {answer.passed for answer in sample.answers}
     expected = f'<p class="expected">expected <code>{escape(sample.expected)}</code></p>' if sample.expected else ""
     kind = f'<span class="kind">{escape(sample.kind)}</span>' if sample.kind else ""
-    answers = ""
+    alike: dict[tuple[str, bool | None], list[Answer]] = {}
     for answer in sample.answers:
-        state, mark = _verdict(answer)
-        text = f'<pre dir="auto">{escape(answer.text)}</pre>' if answer.text else '<p class="none">(empty)</p>'
-        answers += (
-            f'<div class="answer {state}"><p class="by">{escape(answer.policy)}'
-            f'<span class="chip {state}">{mark} {state}</span></p>{text}</div>'
-        )
+        alike.setdefault((answer.text, answer.passed), []).append(answer)
+    split = int(len({answer.passed for answer in sample.answers}) > 1)
     return (
-        f'<article class="sample" id="sample-{index}" data-kind="{escape(sample.kind)}" data-split="{int(len(verdicts) > 1)}">'
-        f'<div class="asked"><p class="by">prompt {index}{kind}</p><pre dir="auto">{escape(sample.prompt)}</pre>{expected}</div>'
-        f'<div class="answers">{answers}</div></article>'
+        f'<article class="sample" id="sample-{index}" data-kind="{escape(sample.kind)}" data-split="{split}">'
+        f'<div class="asked"><p class="by">prompt {index}{kind}</p><pre dir="auto">{escape(sample.prompt)}</pre>'
+        f'{expected}</div><div class="answers">{"".join(map(_answer, alike.values()))}</div></article>'
+    )
+
+
+def _answer(alike: Sequence[Answer]) -> str:
+    """One answer under the names of the policies that gave it."""
+    state, mark = _verdict(alike[0])
+    text = alike[0].text
+    shown = f'<pre dir="auto">{escape(text)}</pre>' if text else '<p class="none">(empty)</p>'
+    return (
+        f'<div class="answer {state}"><p class="by"><span>{escape(", ".join(answer.policy for answer in alike))}</span>'
+        f'<span class="chip {state}">{mark} {state}</span></p>{shown}</div>'
     )
 
 
@@ -229,9 +241,10 @@ def timings_section(report: Report) -> str:
         for name, seconds, phase in entries
     )
     actors = "".join(
-        f'<div><span class="who">{escape(actor.name)} <small>{escape(actor.role)}</small></span>{bar(actor.busy_s / total)}'
-        f'<span class="much">{duration(actor.busy_s)}</span><span class="much">{actor.calls:,} calls</span>'
-        f'<span class="much">{"" if actor.peak_mib is None else f"{actor.peak_mib:,.0f} MiB"}</span></div>'
+        f'<div><span class="who">{escape(actor.name)} <small>{escape(actor.role)}</small></span>'
+        f'{bar(actor.busy_s / total)}<span class="much">{duration(actor.busy_s)}</span>'
+        f'<span class="much">{actor.calls:,} calls</span>'
+        f'<span class="much">{"" if actor.peak_mib is None else mebibytes(actor.peak_mib)}</span></div>'
         for actor in sorted(report.actors, key=lambda actor: -actor.busy_s)
     )
     busy = f'<h3>Actors: busy time as a share of the run</h3><div class="bars actors">{actors}</div>' if actors else ""

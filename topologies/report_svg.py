@@ -1,8 +1,8 @@
 """Line charts as inline SVG, drawn without a plotting library and readable in both colour schemes.
 
-A chart is sized for a phone's column (its letters stay legible at 340 pixels) and set two abreast on a wide page. Long series
-are thinned to what a screen can show, keeping each interval's extremes; a noisy one is drawn faint with its running mean on
-top. The numbers under the pointer come from the same points, carried in `data-chart` as JSON.
+A chart is sized for a phone's column (its letters stay legible at 340 pixels) and set two abreast on a wide page. Long
+series are thinned to what a screen can show, keeping each interval's extremes, and drawn faint with their running mean
+on top. The numbers under the pointer come from the same points, carried in `data-chart` as JSON.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from topologies.yaml_source import Loc, show
 
 #: Keys that say where a run happens; everything else says what it computes.
 PLACE_KEYS = ("launcher", "address", "run_root")
+_BEFORE_ANY_STAGE = ("topology.yaml", "topology.yaml.tmp", "journal.msgpack", "journal.msgpack.lock")
 _FINISHED = {"kind": "run finished"}
 
 
@@ -33,8 +34,8 @@ class RunFolder:
     def create_or_open(cls, root: str | Path, topology: Topology, *, resume: bool = False) -> RunFolder:
         """The folder `root`/NAME of a launch: made if it is new, opened if `resume` and it belongs to `topology`.
 
-        With `resume` and no folder yet, the run starts from the beginning. Errors: `UserError` if the folder holds a run
-        and `resume` is False, if it belongs to another topology, or if it is not a run folder.
+        With `resume` and no folder yet, the run starts from the beginning. Errors: `UserError` if the folder holds a
+        run and `resume` is False, if it belongs to another topology, or if it is not a run folder.
         """
         run = cls(Path(root).absolute() / topology.name)
         if run._is_new():
@@ -141,12 +142,20 @@ class RunFolder:
         return versions[max(versions) if version is None else version]
 
     def _is_new(self) -> bool:
-        """Whether nothing is there, or only what a launch killed in its first moment leaves."""
+        """Whether nothing is there, or only what a launch that failed before its first stage leaves.
+
+        Such a launch (bad data, too few CPUs) has done nothing worth resuming, and its topology is the one to correct.
+        """
         if not self.path.exists():
             return True
         if not self.path.is_dir():
             raise UserError(f"{self.path} is a file; choose another name or run_root")
-        return all(child.name == "topology.yaml.tmp" for child in self.path.iterdir())
+        if any(child.name not in _BEFORE_ANY_STAGE for child in self.path.iterdir()):
+            return False
+        if not self.journal_file.exists():
+            return True
+        with self.open_journal() as journal:  # refused while a launch is at it
+            return not journal.records
 
     def _exists_message(self) -> str:
         if self.finished:

@@ -117,6 +117,7 @@ class Files(Strict):
     """The user's own data (docs/data.md). Relative paths start at the directory the command runs in."""
 
     documents: Documents | None = None
+    heldout_documents: Documents | None = None
     demonstrations: DataPath | None = None
     prompts: DataPath | None = None
     eval_prompts: DataPath | None = None
@@ -133,25 +134,29 @@ class Files(Strict):
 
     def paths(self) -> dict[Loc, str]:
         """Every path given, by its place."""
-        plain: dict[Loc, str] = {(name,): value for name, value in self if isinstance(value, str)}
-        nested: dict[Loc, str] = {
-            ("documents", name): value for name, value in self.documents or () if value is not None
-        }
-        return {**plain, **nested}
+        found: dict[Loc, str] = {}
+        for name, value in self:
+            if isinstance(value, Documents):
+                found |= {(name, domain): path for domain, path in value if path is not None}
+            elif value is not None:
+                found[(name,)] = value
+        return found
 
 
 class WorldSizes(Strict):
-    """How much the embedded world makes."""
+    """How much the embedded world makes: arguments of `build_world`."""
 
-    code_bytes: CountOrZero = 3_000_000
     web_bytes: CountOrZero = 1_000_000
-    math_documents: CountOrZero = 4000
-    long_context_documents: CountOrZero = 400
+    code_bytes: CountOrZero = 2_000_000
+    math_documents: CountOrZero = 3000
+    long_context_documents: CountOrZero = 500
+    long_context_length_chars: Count = 1600
     demonstrations: CountOrZero = 6000
     prompts: CountOrZero = 2000
     eval_prompts: CountOrZero = 400
     preferences: CountOrZero = 1000
     feature_demonstrations: CountOrZero = 800
+    feature_eval_prompts: CountOrZero = 100
 
 
 class Data(Strict):
@@ -227,7 +232,9 @@ class Topology(Strict):
             for need in stage.needs:
                 if need not in made:
                     makers = " or ".join(f"'{name}'" for name, cls in STAGES.items() if need in cls.makes)
-                    raise problem(f"needs a {need}, which no earlier stage makes; put {makers} before it", at=at)
+                    raise problem(
+                        f"needs {_with_article(need)}, which no earlier stage makes; put {makers} before it", at=at
+                    )
             for thing in made.intersection(stage.makes) if self.model.huggingface else ():
                 if stage.name in ("tokenizer", "pretrain"):
                     raise problem(f"the Hugging Face folder already gives the {thing}; remove this stage", at=at)
@@ -236,9 +243,10 @@ class Topology(Strict):
     def _check_shapes(self) -> None:
         for i, stage in enumerate(self.stages):
             at: Loc = ("stages", i, stage.name)
-            if stage.name == "tokenizer" and (stage.vocab_size or 0) > self.model.config().vocab_size:
-                limit = self.model.config().vocab_size
-                raise problem(f"{stage.vocab_size} is more than model.vocab_size, {limit}", at=(*at, "vocab_size"))
+            # A model with more tokens than its tokenizer would sample ids that nobody can decode.
+            if stage.name == "tokenizer" and stage.vocab_size not in (None, self.model.config().vocab_size):
+                message = f"must be model.vocab_size, {self.model.config().vocab_size}; change that, or leave this out"
+                raise problem(message, at=(*at, "vocab_size"))
             if stage.name == "prune" and self.small_model.ffn_dim >= self.model.config().ffn_dim:
                 limit = self.model.config().ffn_dim
                 raise problem(
@@ -270,6 +278,12 @@ class Topology(Strict):
     def to_yaml(self) -> str:
         """`resolved` as YAML text."""
         return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _with_article(thing: str) -> str:
+    if thing.endswith("s"):
+        return thing
+    return f"an {thing}" if thing.startswith("SFT") else f"a {thing}"
 
 
 def load_topology(path: str | Path, overrides: Sequence[str] = (), *, check_files: bool = True) -> Topology:
@@ -305,14 +319,14 @@ def _explain(error: ValidationError, document: Document) -> str:
     """One line per place; the alternatives of a union that all failed share a line."""
     lines: dict[Loc, list[str]] = {}
     for item in error.errors(include_url=False):
-        loc: Loc = item["loc"]
+        if item["type"] == "missing":
+            lines.setdefault(item["loc"], []).append("missing; it has no default")
+            continue
+        # Pydantic appends the member of a union it tried; what the user wrote ends before that.
+        loc: Loc = next(item["loc"][:end] for end in range(len(item["loc"]), -1, -1) if document.has(item["loc"][:end]))
         if item["type"] == "topology":
             loc, message = (*loc, *item["ctx"]["at"]), item["msg"]
-        elif item["type"] == "missing":
-            message = "missing; it has no default"
         else:
-            # Pydantic appends the member of a union it tried; what the user wrote ends before that.
-            loc = next(loc[:end] for end in range(len(loc), -1, -1) if document.has(loc[:end]))
             message = f"{item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"
         lines.setdefault(loc, []).append(message)
     return "\n".join(

@@ -1,9 +1,9 @@
-"""Serving a finished run on Ray Serve: the OpenAI-compatible server of `actors/server.py` as a deployment named "server".
+"""Serving a run on Ray Serve: the OpenAI-compatible server of `actors/server.py` as a deployment named "server".
 
-`serve_run` picks what the run has to offer (a palettized package with its adapters, else its newest policy), deploys it and
-returns once a request has been answered; every wait has a deadline. It joins the Ray that is already running in this process
-(the serve stage does), else starts one on this machine. Only the loopback interface listens unless `host` says otherwise, and
-Ray's HAProxy mode, which binds every interface, stays off.
+`serve_run` picks what the run has to offer (a palettized package with its adapters, else its newest policy), deploys it
+and returns once a request has been answered; every wait has a deadline. It joins the Ray that this process is connected
+to (the serve stage's), else starts one on this machine. Only the loopback interface listens unless `host` says
+otherwise; Ray's HAProxy mode, which binds every interface, is refused.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class Server:
         backend = AdapterBackend(folder, **options)
         self._server = ChatServer(backend, backend.tokenizer)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201 (Ray Serve's name for it)
+    def __serve_build_asgi_app__(self) -> FastAPI:
         return build_app(self._server)
 
 
 @dataclass(frozen=True)
 class Serving:
-    """A running server: `address` like http://127.0.0.1:8000 (OpenAI's base URL is `address`/v1), and its model names."""
+    """A running server: `address` like http://127.0.0.1:8000 (OpenAI's base URL is `address`/v1), and its models."""
 
     address: str
     models: list[str]
@@ -89,10 +89,11 @@ def serve_run(
 ) -> Serving:
     """Deploy a run's model; print its address and model names. With `block`, return after Ctrl-C or SIGTERM, stopped.
 
-    `folder` overrides what `served_folder` picks; `port` 0 takes a free one. Raises UserError when there is nothing to serve,
-    the port is taken or the replicas do not fit the cluster's free CPUs; ServingError when the deployment fails.
+    `folder` overrides what `served_folder` picks; `port` 0 takes a free one. Raises UserError when there is nothing to
+    serve, the port is taken or the replicas do not fit the cluster's free CPUs; ServingError when the deployment fails.
     """
     chosen = Path(folder) if folder is not None else served_folder(run_path)
+    port = _free_port(host, port)
     started_ray = _ensure_ray()
     cleanup = contextlib.ExitStack()
     if started_ray:
@@ -100,13 +101,13 @@ def serve_run(
     try:
         _require_cpus(replicas * num_cpus)
         address = _start_http(host, port, cleanup)
-        deployment = serve.deployment(serve.ingress()(Server)).options(
+        deployment = serve.deployment(
             name="server",
             num_replicas=replicas,
             ray_actor_options={"num_cpus": num_cpus},
             max_ongoing_requests=MAX_ONGOING,
             max_queued_requests=MAX_QUEUED,
-        )
+        )(serve.ingress()(Server))
         application = deployment.bind(str(chosen.resolve()), {"compute_dtype": compute_dtype})
         models = _deploy(application, address, deadline_s=deadline_s)
     except BaseException:
@@ -121,18 +122,19 @@ def serve_run(
 
 
 def served_folder(run_path: str | os.PathLike[str]) -> Path:
-    """What a run has to offer: its first palettized package, else its newest policy. Raises UserError without either."""
+    """What a run has to offer: its first palettized package, else its newest policy. Raises UserError for neither."""
     run = Path(run_path)
     if not run.is_dir():
         raise UserError(f"there is no run folder {run}: give the folder of a launched topology, e.g. runs/local")
     packages = sorted(run.glob("packages/*/manifest.json"))
     if packages:
-        return max(packages, key=_package_rank).parent
-    policies = sorted(run.glob("policies/*/*/config.json"), key=lambda path: (path.stat().st_mtime_ns, str(path)))
+        return packages[0].parent
+    # A policy has its tokenizer beside it; a reward model has none.
+    policies = sorted(run.glob("policies/*/*/tokenizer.model"), key=lambda path: (path.stat().st_mtime_ns, str(path)))
     if not policies:
         raise UserError(
-            f"{run} has neither packages/ nor policies/: nothing to serve yet; let `afm-rl launch` get as far as the sft or "
-            "quantize stage"
+            f"{run} has neither packages/ nor policies/: nothing to serve yet; let `afm-rl launch` get as far as "
+            "the sft or quantize stage"
         )
     return policies[-1].parent
 
@@ -143,7 +145,7 @@ def _ensure_ray() -> bool:
         return False
     # Ray's uv hook would build a second environment for every worker when launched through `uv run`.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     return True
 
 
@@ -158,12 +160,13 @@ def _require_cpus(num_cpus: float) -> None:
 
 def _start_http(host: str, port: int, cleanup: contextlib.ExitStack) -> str:
     """Start Ray Serve's HTTP proxy on this node; returns the address to reach it at."""
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+        raise UserError("RAY_SERVE_ENABLE_HA_PROXY=1 would listen on every interface, without authentication: unset it")
     if serve.status().proxies:
         raise UserError(
-            "Ray Serve already runs on this cluster and its host and port cannot be changed: stop it (`serve shutdown`), or "
-            "serve with a Ray of its own"
+            "Ray Serve already runs on this cluster, and its host and port cannot be changed: stop it with "
+            "`serve shutdown`, or serve with a Ray of its own"
         )
-    port = _free_port(host, port)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     cleanup.callback(serve.shutdown)
     serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
@@ -179,7 +182,9 @@ def _free_port(host: str, port: int) -> int:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise UserError(f"cannot listen on {host} port {port}: {error.strerror}; choose another port or host") from error
+            raise UserError(
+                f"cannot listen on {host} port {port}: {error.strerror}; choose another port or host"
+            ) from error
         return probe.getsockname()[1]
 
 

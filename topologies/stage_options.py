@@ -13,11 +13,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, model_validator
 
-from topologies.strict import Count, CountOrZero, Fraction, Positive, PositiveOrZero, Strict, nearest, problem
+from pretrain.tokenizer_training import MIN_VOCAB_SIZE
+from topologies.strict import Count, CountOrZero, Fraction, Positive, PositiveOrZero, Strict, nearest, one_of, problem
 
-PhaseName = Literal["core", "continued", "context_lengthening"]
-Member = Literal["sft", "rs", "dpo", "ipo", "mdloo"]
-Domain = Literal["web", "code", "math", "long_context"]
+PhaseName = Annotated[str, one_of("pre-training stage", ("core", "continued", "context_lengthening"))]
+Member = Annotated[str, one_of("committee member", ("sft", "rs", "dpo", "ipo", "mdloo"))]
+Domain = Annotated[str, one_of("domain", ("web", "code", "math", "long_context"))]
 
 
 class StageOptions(Strict):
@@ -40,12 +41,12 @@ class Training(Strict):
 
 
 class TokenizerStage(StageOptions):
-    """SentencePiece BPE (3.1.6). `vocab_size` null: the model's."""
+    """SentencePiece BPE (3.1.6). `vocab_size` is the model's, and may be left out."""
 
     makes = ("tokenizer",)
     reads = ("documents",)
     name: Literal["tokenizer"] = "tokenizer"
-    vocab_size: Annotated[int, Field(ge=300)] | None = None
+    vocab_size: Annotated[int, Field(ge=MIN_VOCAB_SIZE)] | None = None
 
 
 class Phase(Strict):
@@ -211,7 +212,10 @@ class ItecStage(StageOptions):
     rounds: Count = 2
     members: Annotated[list[Member], Field(min_length=1)] = ["sft", "rs", "dpo", "ipo", "mdloo"]
     prompts_per_round: Count = 128
-    responses_per_member: Count = 2
+    responses_per_prompt: Annotated[int, Field(ge=2)] = 8  # of the whole committee, shared out among its members
+    pairs_per_prompt: Count = 2
+    rerank_prompts: Count = 100  # held-out prompts on which prompt-level reranking is measured (4.3.2)
+    responses_per_member: Count = 2  # there
     temperature: Positive = 1.0
     max_tokens: Count = 32
     reward: RewardTraining = RewardTraining()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 #: Constrained numbers, so that the fields of the schema read as one line each.
@@ -42,6 +42,17 @@ class Strict(BaseModel):
 def problem(message: str, *, at: tuple[str | int, ...] = ()) -> PydanticCustomError:
     """An error for a validator to raise; `at` is where below the validated value the mistake stands."""
     return PydanticCustomError("topology", "{message}", {"message": message, "at": list(at)})
+
+
+def one_of(kind: str, valid: Sequence[str]) -> AfterValidator:
+    """A validator of text: one of `valid`, else an error that names the nearest one."""
+
+    def check(value: str) -> str:
+        if value not in valid:
+            raise problem(f"unknown {kind} '{value}'{nearest(value, valid)}")
+        return value
+
+    return AfterValidator(check)
 
 
 def nearest(name: object, valid: Iterable[str]) -> str:

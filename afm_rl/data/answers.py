@@ -2,7 +2,7 @@
 
 In this order: the last \\boxed{...}; the last "#### ..."; what follows the last "answer" ("answer 62", "the answer is:
 62"); else the last number when a number is expected; else the whole response. Numbers compare by value ("1,000" is
-"1000.0"), other answers as text without case and outer punctuation. Nothing is evaluated, so no answer can be an attack.
+"1000.0"), other answers as text without case and outer punctuation. No answer is ever evaluated, so none is an attack.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from decimal import Decimal
 _NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?<!\d)(?:\d{1,3}(?:,\d{3})+|\d{1,40})(?:\.\d{1,40})?(?!\d)")
 _MARKER = re.compile(r"\banswer\b(?:\s+is\b)?\s*[:=]?[^\S\n]*([^\n]*)", re.IGNORECASE)
 _HASHES = re.compile(r"####[^\S\n]*([^\n]*)")
-_EQUATION = re.compile(r"(?<![\w.])(\d{1,12}(?:\s*[-+*]\s*\d{1,12})+)\s*=\s*(-?\d{1,40})(?![\d.]*\d)")
+# The look-behinds keep it from starting inside a longer sum, which would be wrong and take quadratic time.
+_EQUATION = re.compile(
+    r"(?<![\w.])(?<![-+*])(?<![-+*] )(\d{1,12}(?: ?[-+*] ?\d{1,12})+) ?= ?(-?\d{1,40})(?![\d.]*\d)", re.ASCII
+)
 
 
 def final_answer(response: str, *, numeric: bool) -> str | None:
@@ -47,7 +50,7 @@ def false_equations(response: str) -> list[str]:
 
 def _value(expression: str) -> int:
     total = 0
-    for sign, product in re.findall(r"([-+]?)((?:\d+\*)*\d+)", re.sub(r"\s+", "", expression)):
+    for sign, product in re.findall(r"([-+]?)((?:\d+\*)*\d+)", expression.replace(" ", "")):
         value = 1
         for factor in product.split("*"):
             value *= int(factor)
@@ -56,14 +59,17 @@ def _value(expression: str) -> int:
 
 
 def _boxed(response: str) -> str | None:
-    """The content of the last complete \\boxed{...}, inner braces included."""
-    for start in reversed([m.end() for m in re.finditer(r"\\boxed\{", response)]):
-        depth = 1
-        for end in range(start, len(response)):
-            depth += {"{": 1, "}": -1}.get(response[end], 0)
-            if depth == 0:
-                return response[start:end]
-    return None
+    """The content of the last complete \\boxed{...}, inner braces included; one pass, for responses may be hostile."""
+    opened: list[int | None] = []
+    last = (-1, -1)
+    for brace in re.finditer(r"(\\boxed)?\{|\}", response):
+        if brace.group() != "}":
+            opened.append(brace.end() if brace.group(1) else None)
+        elif opened:
+            start = opened.pop()
+            if start is not None:
+                last = max(last, (start, brace.start()))
+    return response[last[0] : last[1]] if last[0] >= 0 else None
 
 
 def _as_text(text: str) -> str:

@@ -29,8 +29,8 @@ LENGTH_TOLERANCE = 0.25
 UPPER_CASE_MINOR = 0.5
 REFUSAL = re.compile(
     r"\b(?:(?:i|we)(?: am|'m| are|'re)? (?:unable to|not able to|"
-    r"(?:cannot|can't|can not|won't|will not|must not) (?:help(?! but)|assist|do|answer|provide|give|tell|share|support|"
-    r"comply|continue|write|say|discuss|explain)\b)|sorry,? but\b)"
+    r"(?:cannot|can't|can not|won't|will not|must not) (?:help(?! but)|assist|do|answer|provide|give|tell|share|"
+    r"support|comply|continue|write|say|discuss|explain)\b)|sorry,? but\b)"
 )
 #: A refusal that starts within this many characters opens the response; later ones come after some compliance.
 REFUSAL_OPENS_WITHIN = 12
@@ -201,7 +201,7 @@ def passes(prompt: Prompt, response: str) -> bool:
     if not is_checkable(prompt):
         raise ValueError(f"prompt {prompt.id!r} has no check that can be right or wrong; give it one or leave it out")
     relevant = (check for check in prompt.checks if check["type"] != "length")
-    return bool(response.strip()) and all([run_check(check, response).passed for check in relevant])
+    return bool(response.strip()) and all(run_check(check, response).passed for check in relevant)
 
 
 def ideal_words(prompt: Prompt) -> int | None:

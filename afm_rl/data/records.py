@@ -62,6 +62,12 @@ def read_preferences(path: PathLike) -> list[Preference]:
     return [record for _, record in _read(path, PREFERENCE_KEYS, _preference)]
 
 
+def preference_from_json(fields: Mapping[str, Any]) -> Preference:
+    """The preference of one parsed JSON object. Raises ValueError that says what is wrong with it."""
+    _check_keys(fields, PREFERENCE_KEYS)
+    return _preference(fields)
+
+
 def write_prompts(path: PathLike, prompts: Iterable[Prompt]) -> None:
     """One prompt a line, so that `read_prompts` gives the same records back."""
     _write(path, (_prompt_fields(prompt) for prompt in prompts))
@@ -74,7 +80,21 @@ def write_demonstrations(path: PathLike, demonstrations: Iterable[Demonstration]
 
 def write_preferences(path: PathLike, preferences: Iterable[Preference]) -> None:
     """One preference a line, so that `read_preferences` gives the same records back."""
-    _write(path, (_preference_fields(preference) for preference in preferences))
+    _write(path, (preference_to_json(preference) for preference in preferences))
+
+
+def preference_to_json(preference: Preference) -> dict[str, Any]:
+    """The JSON object that `preference_from_json` reads back."""
+    return {
+        **_prompt_fields(preference.prompt),
+        "chosen": preference.chosen,
+        "rejected": preference.rejected,
+        "level": LEVELS[preference.level],
+        "chosen_grades": dataclasses.asdict(preference.chosen_grades),
+        "rejected_grades": dataclasses.asdict(preference.rejected_grades),
+        "annotator": preference.annotator,
+        "source": preference.source,
+    }
 
 
 def read_json_lines(path: PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -241,19 +261,6 @@ def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
     if prompt.checks:
         fields["checks"] = [dict(check) for check in prompt.checks]
     return fields
-
-
-def _preference_fields(preference: Preference) -> dict[str, Any]:
-    return {
-        **_prompt_fields(preference.prompt),
-        "chosen": preference.chosen,
-        "rejected": preference.rejected,
-        "level": LEVELS[preference.level],
-        "chosen_grades": dataclasses.asdict(preference.chosen_grades),
-        "rejected_grades": dataclasses.asdict(preference.rejected_grades),
-        "annotator": preference.annotator,
-        "source": preference.source,
-    }
 
 
 def _write(path: PathLike, rows: Iterable[dict[str, Any]]) -> None:

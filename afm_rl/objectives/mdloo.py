@@ -100,7 +100,7 @@ def mdloo_loss(
         )
     present_B = (jnp.asarray(mask_BT) > 0).any(axis=1)
     advantage_B = jnp.where(present_B, jnp.asarray(advantage_B, logp_BT.dtype), 0)
-    d_B = jax.lax.stop_gradient(masked_sum(logp_BT - jnp.asarray(behavior_logp_BT, logp_BT.dtype), mask_BT))
+    d_B = masked_sum(logp_BT - jnp.asarray(behavior_logp_BT, logp_BT.dtype), mask_BT)
     ratio_B = jnp.where(present_B, jnp.exp(jnp.minimum(d_B, d_max)), 0)
     weight_B = jax.lax.stop_gradient(ratio_B * (advantage_B - gamma * d_B))
     total = present_B.sum() if num_sequences is None else num_sequences

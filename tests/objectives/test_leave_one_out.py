@@ -1,4 +1,4 @@
-"""Leave-one-out advantages and shaped rewards against TRL's, and one RLOO gradient end to end through a checkpoint."""
+"""Leave-one-out advantages and shaped rewards against TRL's and by hand."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from afm_rl.huggingface import load_params
-from afm_rl.model import forward, logits
-from afm_rl.objectives.mdloo import comparable, leave_one_out, mdloo_loss, shaped_reward
-from afm_rl.objectives.sequence import sequence_logp, token_logps
+from afm_rl.objectives.mdloo import comparable, leave_one_out, shaped_reward
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -65,28 +61,3 @@ def test_bad_rewards_are_refused(reward: np.ndarray) -> None:
     """Guards against a flattened batch (one big group) and integer advantages."""
     with pytest.raises(ValueError, match="reward_PG"):
         leave_one_out(reward)
-
-
-def test_rloo_gradient_end_to_end() -> None:
-    """Guards the whole chain: checkpoint, forward, token log-probabilities, advantages, loss give TRL's gradient norm."""
-    z = np.load(FIXTURES / "rloo.npz")
-    config, params = load_params(FIXTURES / "qwen3_tiny")
-    params = jax.tree.map(jnp.asarray, params)
-    name = "norm0_beta0.0"
-    assert z[f"prompt_mask/{name}"].all()
-    tokens = np.concatenate([z[f"prompt_ids/{name}"], z[f"completion_ids/{name}"]], axis=1).astype(np.int32)
-    mask = np.pad(z[f"completion_mask/{name}"], ((0, 0), (5, 0))).astype(np.float32)
-
-    def policy_logps(params: dict) -> jax.Array:
-        hidden, _ = forward(params, jnp.asarray(tokens), config=config)
-        return token_logps(logits(params, hidden, config), tokens)
-
-    def loss(params: dict, behavior: jax.Array, advantage: np.ndarray) -> jax.Array:
-        return mdloo_loss(
-            logp_BT=policy_logps(params), behavior_logp_BT=behavior, advantage_B=advantage, mask_BT=mask, gamma=1.0
-        )[0]
-
-    behavior = jax.jit(policy_logps)(params)
-    np.testing.assert_allclose(sequence_logp(behavior, mask), z[f"old_logps/{name}"], atol=2e-4)
-    grads = jax.jit(jax.grad(loss))(params, behavior, leave_one_out(z["rewards"]).reshape(-1))
-    np.testing.assert_allclose(optax.global_norm(grads), z[f"grad_norm/{name}"], rtol=1e-3)

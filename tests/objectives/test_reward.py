@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from afm_rl.objectives.reward import P_LEVEL, grading_loss, reward_loss, soft_label_loss
+from afm_rl.objectives import reward
+from afm_rl.objectives.reward import P_LEVEL, grading_loss, soft_label_loss
 from afm_rl.types import GRADINGS, LEVELS
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
+reward_loss = jax.jit(reward.reward_loss)
 
 
 def test_target_probabilities_are_the_papers() -> None:

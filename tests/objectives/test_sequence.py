@@ -12,6 +12,7 @@ import pytest
 from afm_rl.objectives.sequence import response_mask, score_targets, sequence_logp, token_logps, token_mean
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
+score = jax.jit(score_targets, static_argnames="temperature")
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
@@ -24,7 +25,7 @@ def test_token_logps_match_torch() -> None:
     z = np.load(FIXTURES / "qwen3_tiny_forward.npz")
     valid = z["token_valid"].astype(bool)
     with jax.enable_x64(True):
-        logps = np.asarray(token_logps(jnp.asarray(z["logits_f64"]), z["input_ids"]))
+        logps = np.asarray(jax.jit(token_logps)(jnp.asarray(z["logits_f64"]), z["input_ids"]))
     assert logps.dtype == np.float64
     np.testing.assert_array_equal(logps[:, 0], 0.0)
     np.testing.assert_allclose(logps[:, 1:][valid], z["token_logps_f64"][valid], rtol=1e-12)
@@ -38,10 +39,10 @@ def test_temperature_divides_the_logits() -> None:
     logits = rng.normal(size=(2, 3, 5)).astype(np.float32)
     tokens = np.array([[1, 2, 3], [4, 0, 1]])
     expected = log_softmax(logits / 0.7)
-    got = token_logps(jnp.asarray(logits), tokens, temperature=0.7)
+    got = np.asarray(score(jnp.asarray(logits), tokens, temperature=0.7).logp_BT)
     for b, t in np.ndindex(2, 2):
         np.testing.assert_allclose(got[b, t + 1], expected[b, t, tokens[b, t + 1]], rtol=1e-5)
-    assert token_logps(jnp.asarray(logits, jnp.bfloat16), tokens).dtype == jnp.float32
+    assert score(jnp.asarray(logits, jnp.bfloat16), tokens).logp_BT.dtype == jnp.float32
     with pytest.raises(ValueError, match="temperature"):
         token_logps(jnp.asarray(logits), tokens, temperature=0.0)
     with pytest.raises(ValueError, match="tokens_BT must have shape"):
@@ -52,7 +53,7 @@ def test_is_top1_agrees_with_an_argmax() -> None:
     """Guards the accuracy that is computed without an argmax."""
     rng = np.random.default_rng(1)
     logits, tokens = rng.normal(size=(3, 6, 4)), rng.integers(0, 4, (3, 6))
-    got = np.asarray(score_targets(jnp.asarray(logits), tokens).is_top1_BT)
+    got = np.asarray(score(jnp.asarray(logits), tokens).is_top1_BT)
     np.testing.assert_array_equal(got[:, 1:], logits.argmax(-1)[:, :-1] == tokens[:, 1:])
     assert not got[:, 0].any()
 

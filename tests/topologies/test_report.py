@@ -14,10 +14,7 @@ import pytest
 from actors.metrics import JsonlSink, Metrics
 from afm_rl.errors import UserError
 from topologies.report import render, write_report
-from topologies.report_data import Curve, Figure, Report, Table
-from topologies.report_html import compact, duration, escape, figures, number, table
-from topologies.report_sections import curve_series
-from topologies.report_svg import MAX_POINTS, Series, line_chart, running_mean, thin, ticks
+from topologies.report_data import Report
 
 POLICIES = ("sft", "rs", "dpo", "ipo", "mdloo", "distilled", "quantized 3.7")
 HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)"> \' " & \x00 \x1b[31m \ud800 \u202e </pre></main>'
@@ -195,16 +192,16 @@ def example_report():
         "topology": {
             "name": "local", "model": "tiny", "seed": 0,
             "actors": {"learner": {"processes": 1, "num_cpus": 1.0}, "sampler": {"replicas": 2, "num_cpus": 0.5},
-                       "reward": {"replicas": 1, "num_cpus": 0.2}, "committee": {"replicas": 1, "num_cpus": 0.1},
-                       "annotator": {"kind": "simulated", "num_cpus": 0.1}, "quantizer": {"replicas": 1, "num_cpus": 0.2},
-                       "server": {"replicas": 1, "num_cpus": 0.2}},
-            "stages": ["tokenizer", "pretrain", "sft", {"itec": {"rounds": 2}}, "distill_committee", "quantize", "recover",
-                       "evaluate", "serve"],
+                       "reward": {"num_cpus": 0.2, "num_gpus": 1.0}, "committee": {"replicas": 1, "num_cpus": 0.1},
+                       "annotator": {"kind": "simulated", "num_cpus": 0.1},
+                       "quantizer": {"replicas": 1, "num_cpus": 0.2}, "server": {"replicas": 1, "num_cpus": 0.2}},
+            "stages": ["tokenizer", "pretrain", "sft", {"itec": {"rounds": 2}}, "distill_committee", "quantize",
+                       "recover", "evaluate", "serve"],
         },
         "headline": [
-            {"label": "Greedy accuracy, held-out sums", "value": "0.598 → 0.996", "note": "supervised → MDLOO, round 2"},
+            {"label": "Greedy accuracy, held-out sums", "value": "0.598 → 0.996", "note": "SFT → MDLOO, round 2"},
             {"label": "MDLOO wins against SFT", "value": 91, "unit": "%"},
-            {"label": "Served at", "value": 3.69, "unit": "bits per weight", "note": "0.994 greedy after recovery, rank 16"},
+            {"label": "Served at", "value": 3.69, "unit": "bits per weight", "note": "0.994 greedy, rank 16"},
             {"label": "Wall clock", "value": "9 min 21 s", "note": "two CPU cores"},
         ],
         "actors": actors, "stages": stages, "samples": samples,
@@ -238,7 +235,7 @@ def write_run(folder, report=None):
 class Page(HTMLParser):
     """What a browser would see: tags balanced, texts, attributes, and every address asked for."""
 
-    VOID = {"meta", "br", "input", "link", "img"}
+    VOID = frozenset({"meta", "br", "input", "link", "img"})
 
     def __init__(self, source):
         super().__init__(convert_charrefs=True)
@@ -291,7 +288,7 @@ def test_page_asks_nothing_of_the_network(run, parsed):
     """The only outside address is the dashboard's link; style and script hold no url() or import."""
     assert [a for a in parsed.addresses if not a.startswith("#")] == ["http://127.0.0.1:8265"]
     source = (run / "report.html").read_text()
-    assert "url(" not in source
+    assert not re.search(r"url\((?!#)", source)
     assert "@import" not in source
     assert "default-src 'none'" in source
     assert len(parsed.of("script")) == 1
@@ -301,9 +298,10 @@ def test_everything_in_the_report_is_on_the_page(parsed):
     """Headline, figures, tables, notes, samples, actors and environment all reach the reader."""
     text = " ".join(" ".join(parsed.text).split())
     for said in (
-        "0.598 → 0.996", "2,048,000", "nats per token", "appendices A to C", "Win rate against sft.", "What is 84 + 19?",
-        "weights-0", "1,411 calls", "942 MiB", "Sapphire Rapids", "2 min 48 s", "name: local model: tiny", "weights k + 1",
-        "between stages", "rank 32", "supervised → MDLOO, round 2", "I cannot help with that.", "expected", "(empty)",
+        "0.598 → 0.996", "2,048,000", "nats per token", "appendices A to C", "Win rate against sft.",
+        "What is 84 + 19?", "weights-0", "1,411 calls", "942 MiB", "Sapphire Rapids", "2 min 48 s",
+        "name: local model: tiny", "weights k + 1",
+        "between stages", "rank 32", "SFT → MDLOO, round 2", "I cannot help with that.", "expected", "(empty)",
     ):  # fmt: skip
         assert said in text, said
 
@@ -313,7 +311,7 @@ def test_the_picture_shows_roles_replicas_and_the_loop(parsed):
     assert [svg["class"] for svg in parsed.of("svg")[:2]] == ["picture wide", "picture narrow"]
     for role in ("learner", "sampler", "reward", "committee", "annotator", "quantizer", "server", "group buffer"):
         assert parsed.text.count(role) >= 2, role
-    assert "2 × 0.5 CPU" in parsed.text
+    assert {"2 × 0.5 CPU", "0.2 CPU + 1 GPU", "simulated · 0.1 CPU", "512 MiB · 25 % busy"} <= set(parsed.text)
     loops = [path for path in parsed.of("path") if path.get("class") == "flow loop"]
     assert len(loops) == 2 * 6
 
@@ -336,7 +334,7 @@ def test_a_curve_without_rows_says_where_it_looked(parsed):
 
 
 @pytest.mark.parametrize("place", ["name", "sample", "cell", "task", "environment", "stage", "topology"])
-def test_hostile_text_stays_text(tmp_path, place):
+def test_hostile_text_stays_text(place):
     """Whatever a model or a user wrote is shown, escaped, and adds no tag, attribute or script."""
     report = example_report()
     plain = len(Page(render(Report.model_validate(report), [])).of("script"))
@@ -364,13 +362,13 @@ def test_hostile_text_stays_text(tmp_path, place):
     assert "alert(1)" in "".join(parsed.text)
 
 
-def test_a_link_that_is_not_http_is_not_a_link(parsed):
+def test_a_link_that_is_not_http_is_not_a_link():
     """A dashboard address cannot smuggle in a script."""
     report = Report.model_validate({"name": "x", "dashboard": "javascript:alert(1)"})
     assert "javascript:" not in render(report, [])
 
 
-def test_an_unfinished_run_has_a_report(tmp_path):
+def test_an_unfinished_run_has_a_report():
     """The barest report.json makes a page; stages not reached yet are counted and drawn as waiting."""
     Page(render(Report.model_validate({"name": "bare"}), []))
     report = example_report()
@@ -397,79 +395,3 @@ def test_a_bad_report_json_is_one_clear_error(tmp_path, content, said):
         write_report(tmp_path)
     assert str(tmp_path / "report.json") in str(error.value)
     assert said in str(error.value)
-
-
-def test_a_ragged_table_is_refused():
-    """A row with a missing cell would silently shift its columns."""
-    with pytest.raises(ValueError, match="row 1 has 1 cells for 2 columns"):
-        table(Table(title="t", columns=["a", "b"], rows=[[1, 2], [3]]))
-
-
-def test_numbers_read_as_people_write_them():
-    """Formats of cells, axes and durations, by hand."""
-    shown = [number(v) for v in (0.98642, 26512.0, 2048000, -3, 0.00021, 0.0, True, None, math.nan, "0.50")]
-    assert shown == ["0.9864", "26,512", "2,048,000", "−3", "2.1e−4", "0", "yes", "–", "NaN", "0.50"]
-    assert [compact(v) for v in (0, 2500, 12000, 3.4e6, -0.5, 2e-4)] == ["0", "2,500", "12k", "3.4M", "−0.5", "2e−4"]
-    assert [duration(v) for v in (0.42, 12.34, 245, 3599.6, 4320)] == [
-        "0.42 s", "12.3 s", "4 min 05 s", "1 h 00 min", "1 h 12 min",
-    ]  # fmt: skip
-    assert escape("a\r\nb\x00\ud800") == "a\nb␀?"
-    assert "0.986</td>" in table(Table(title="", columns=["a"], rows=[[0.9], [0.986]]))
-    assert "0.900</td>" in table(Table(title="", columns=["a"], rows=[[0.9], [0.986]]))
-    assert "words" in figures([Figure(label="l", value="a long sentence as a value")])
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "count", "expected"),
-    [
-        (0, 1, 4, [0, 0.5, 1]),
-        (0, 10, 5, [0, 2, 4, 6, 8, 10]),
-        (2.31, 7.7, 4, [4, 6]),
-        (-0.3, 0.3, 4, [-0.2, 0, 0.2]),
-        (0, 1e-7, 4, [0, 5e-8, 1e-7]),
-    ],
-)
-def test_ticks_are_round_and_inside(low, high, count, expected):
-    """Axis marks, by hand."""
-    assert ticks(low, high, count) == pytest.approx(expected, abs=1e-12)
-
-
-def test_thinning_keeps_spikes_ends_and_gaps():
-    """A loss spike or a NaN in 20,000 steps survives being drawn on 460 pixels."""
-    y = list(np.random.default_rng(0).normal(0, 1, 20_000))
-    y[777], y[12_345], y[5_000] = 50.0, -50.0, None
-    few = thin(Series("s", list(range(20_000)), y))
-    assert len(few.x) <= MAX_POINTS * 1.1
-    assert {0, 777, 5_000, 12_345, 19_999} <= set(few.x)
-    assert list(few.x) == sorted(few.x)
-
-
-def test_running_mean_matches_numpy():
-    """Centred mean over 1/20 of the points, gaps left out, against NumPy's nanmean."""
-    y = np.random.default_rng(1).normal(size=200)
-    y[50] = np.nan
-    expected = [np.nanmean(y[max(0, i - 5) : i + 6]) for i in range(200)]
-    given = [None if np.isnan(v) else float(v) for v in y]
-    assert running_mean(Series("s", list(range(200)), given)).y == pytest.approx(expected)
-
-
-def test_a_chart_maps_values_to_pixels():
-    """Points stand where the axes say: corners by hand; a gap starts a new run; constant and single values are drawn."""
-    svg = line_chart([Series("s", [0, 5, 10], [0.0, None, 1.0])], x_label="step", description="d")
-    path = re.search(r'class="line"[^>]* d="([^"]*)"', svg).group(1)
-    assert re.fullmatch(r"M50\.0 216\.0M446\.0 [\d.]+", path)
-    assert "<circle" in line_chart([Series("s", [3], [2.0])], x_label="step", description="d")
-    assert "NaN" not in line_chart([Series("s", [1, 2], [0.0, 0.0])], x_label="step", description="d")
-    assert line_chart([Series("s", [1], [None])], x_label="step", description="d") == ""
-
-
-def test_curve_rows_are_sorted_and_time_starts_at_zero():
-    """Rows of a resumed run come out of order; clock time is shown from the stage's first row."""
-    rows = [
-        {"stage": "s", "task": "a", "step": step, "time": 100.0 + step, "loss": float(step), "kl": None}
-        for step in (3, 1, 2)
-    ]
-    (line,) = curve_series(Curve(title="t", y=["loss"], x="time"), rows)
-    assert (line.name, list(line.x), list(line.y)) == ("loss", [0.0, 1.0, 2.0], [1.0, 2.0, 3.0])
-    two = curve_series(Curve(title="t", y=["loss", "kl"]), [*rows, {**rows[0], "task": "b"}])
-    assert [one.name for one in two] == ["a · loss", "a · kl", "b · loss", "b · kl"]

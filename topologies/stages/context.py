@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 #: Optimizer steps handed to the learner in one call: few enough that a progress bar moves, enough to hide the call.
 STEPS_PER_CALL = 10
+#: Longest measured response where the topology has no evaluate stage.
+DEFAULT_MAX_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,36 @@ class Context:
     def policy(self, name: str) -> Policy:
         """The policy of that name, whether it exists yet or not."""
         return Policy(name, self.run.policies / name / "0")
+
+    def has(self, stage: str) -> bool:
+        """Whether the topology lists this stage."""
+        return stage in self.topology.stage_names
+
+    @property
+    def base(self) -> Policy:
+        """The pre-trained model: the run's own, or the Hugging Face folder of the topology."""
+        folder = self.topology.model.huggingface
+        return Policy("base", Path(folder)) if folder else self.policy("base")
+
+    @property
+    def small_base(self) -> Policy:
+        """The pruned small model where the topology makes one, else the base."""
+        return self.policy("small-base") if self.has("prune") else self.base
+
+    @property
+    def device_policy(self) -> Policy:
+        """What is compressed and served: the distilled model, else the SFT policy."""
+        return self.policy("distilled") if self.has("distill_committee") else self.policy("sft")
+
+    @property
+    def corpora(self) -> Path:
+        """Tokenised corpora, one pair of files per domain and side."""
+        return self.run.path / "corpora"
+
+    @property
+    def max_tokens(self) -> int:
+        """Length limit of a measured response."""
+        return self.topology.stage("evaluate").max_tokens if self.has("evaluate") else DEFAULT_MAX_TOKENS
 
     def checkpoints(self, task: str) -> Path:
         return self.run.checkpoints / task

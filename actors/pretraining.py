@@ -1,0 +1,147 @@
+"""Pre-training as one worker runs it: the phases of 3.2 in order, each from the last one's model, on a `Learner`.
+
+The same function runs inside a Ray Train worker and directly (launcher: inline). Everything is a function of the plan: a
+worker that is restarted skips the phases whose result is on disk and resumes the current one from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from actors.learner import Learner, TrainingJob
+from actors.metrics import Metrics
+from afm_rl.packing import PackedRows
+from pretrain.mixture import mixture_batches, pack_corpus
+from pretrain.token_corpus import TokenCorpus, read_corpus
+
+#: Optimizer steps between two looks at the metrics.
+STEPS_PER_CALL = 10
+#: At most this many tokens of a domain are used for its held-out loss.
+HELD_OUT_TOKENS = 16_384
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One phase: what the learner does, on which mixture, and where the model goes."""
+
+    name: str
+    job: TrainingJob
+    steps: int
+    batch: int
+    sequence_length: int
+    mixture: Mapping[str, float]
+    seed: int
+    export: str
+
+
+@dataclass(frozen=True)
+class PretrainPlan:
+    """All phases, and where the tokenised corpora (DOMAIN, heldout-DOMAIN) are."""
+
+    phases: tuple[PhasePlan, ...]
+    corpora: str
+    domains: tuple[str, ...]
+    heldout_domains: tuple[str, ...]
+    fingerprint: str
+    tokenizer_folder: str
+    stage: str
+    compute_dtype: str
+
+
+@dataclass(frozen=True)
+class PhaseResult:
+    """Held-out loss per domain in nats per token, before the first phase and after each."""
+
+    name: str
+    losses: dict[str, float]
+    train_loss: float
+    tokens: int
+
+
+def run_pretraining(
+    plan: PretrainPlan, metrics: Metrics, *, report: Callable[[PhaseResult], None] | None = None
+) -> list[PhaseResult]:
+    """Run every phase; `report` hears of each one that ends."""
+    learner = Learner(compute_dtype=plan.compute_dtype)
+    corpora = {name: _open(plan, name) for name in plan.domains}
+    held_out = held_out_rows(
+        {name: _open(plan, f"heldout-{name}") for name in plan.heldout_domains},
+        short=plan.phases[0].sequence_length,
+        long=max(phase.sequence_length for phase in plan.phases),
+    )
+    results = []
+    for phase in plan.phases:
+        done = Path(phase.job.checkpoint_folder).parent / f"{phase.job.task}.done.json"
+        if done.exists():
+            result = PhaseResult(**json.loads(done.read_text()))
+        else:
+            result = _run_phase(plan, phase, learner, corpora, held_out, metrics)
+            temporary = done.with_suffix(".tmp")
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(asdict(result)))
+            temporary.replace(done)
+        results.append(result)
+        if report is not None:
+            report(result)
+    return results
+
+
+def held_out_rows(corpora: Mapping[str, TokenCorpus], *, short: int, long: int) -> dict[str, PackedRows]:
+    """Rows to measure each domain on: long_context at the long length, where it differs from the others, all else short."""
+    rows = {}
+    for name, corpus in corpora.items():
+        length = long if name == "long_context" else short
+        packed = pack_corpus(corpus, length=length, pad_id=0)
+        if len(packed):
+            keep = slice(0, max(1, HELD_OUT_TOKENS // length))
+            rows[name] = PackedRows(packed.tokens[keep], packed.segments[keep], packed.positions[keep], packed.mask[keep])
+    return rows
+
+
+def held_out_losses(learner: Learner, rows: Mapping[str, PackedRows]) -> dict[str, float]:
+    """Mean negative log-likelihood per target token of each domain, under the learner's current parameters."""
+    losses = {}
+    for name, packed in rows.items():
+        batch = packed.take(np.arange(len(packed)))
+        losses[name] = float(-learner.log_probs(batch).sum() / max(1.0, batch["mask_BT"].sum()))
+    return losses
+
+
+def _open(plan: PretrainPlan, name: str) -> TokenCorpus:
+    return read_corpus(Path(plan.corpora) / name, fingerprint=plan.fingerprint)
+
+
+def _run_phase(
+    plan: PretrainPlan,
+    phase: PhasePlan,
+    learner: Learner,
+    corpora: Mapping[str, TokenCorpus],
+    held_out: Mapping[str, PackedRows],
+    metrics: Metrics,
+) -> PhaseResult:
+    rows = {
+        name: pack_corpus(corpora[name], length=phase.sequence_length, pad_id=0)
+        for name, weight in phase.mixture.items()
+        if weight > 0 and name in corpora
+    }
+    batches = mixture_batches(rows, phase.mixture, batch=phase.batch, seed=phase.seed)
+    start = learner.begin(phase.job)
+    last: list[float] = []
+    for first in range(start, phase.steps, STEPS_PER_CALL):
+        steps = range(first, min(first + STEPS_PER_CALL, phase.steps))
+        measured = learner.train([batches(step) for step in steps])
+        for step, values in zip(steps, measured, strict=True):
+            metrics.log(stage=plan.stage, task=phase.job.task, step=step, values=values)
+        last = [*last, *(values["nll"] for values in measured)][-max(1, phase.steps // 10) :]
+    learner.export(phase.export, plan.tokenizer_folder)
+    return PhaseResult(
+        phase.name,
+        held_out_losses(learner, held_out),
+        float(np.mean(last)) if last else float("nan"),
+        phase.steps * phase.batch * phase.sequence_length,
+    )

@@ -1,0 +1,178 @@
+"""The command line: exit codes, one line for a user's mistake, and that every command does what it says."""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from afm_rl.config import PRESETS
+from afm_rl.errors import UserError
+from topologies import cli
+from topologies.run_folder import RunFolder
+from topologies.schema import Topology, parse_topology
+
+LOCAL = str(Path(__file__).parents[2] / "topologies" / "local.yaml")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run folder below ./runs, as `RUN` on the command line."""
+    monkeypatch.chdir(tmp_path)
+    return RunFolder.create_or_open("runs", parse_topology("{name: one, stages: [tokenizer, pretrain, sft]}"))
+
+
+def fake_module(monkeypatch, name: str, **functions):
+    """Stand in for a module that is heavy or starts Ray."""
+    module = types.ModuleType(name)
+    for key, value in functions.items():
+        setattr(module, key, value)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def save_tiny_policy(run: RunFolder, name: str) -> None:
+    """A real policy folder: a random model with a real tokenizer."""
+    import jax
+
+    from afm_rl.huggingface import save_pretrained
+    from afm_rl.model import init_params
+    from pretrain.tokenizer_training import train_tokenizer
+
+    config = PRESETS["tiny"].replace(vocab_size=400, dim=32, ffn_dim=32, num_layers=1)
+    tokenizer = train_tokenizer([Path(__file__).read_text()], vocab_size=400, folder=run.tokenizer)
+    params = init_params(config, jax.random.key(0))
+    save_pretrained(params, run.policies / name / "0", config=config, tokenizer=tokenizer)
+
+
+def test_launch_passes_topology_and_resume(monkeypatch):
+    """Overrides and --resume reach the launcher."""
+    seen = []
+    fake_module(monkeypatch, "topologies.launch", launch=lambda topology, *, resume: seen.append((topology, resume)))
+    assert cli.main(["launch", LOCAL, "--set", "seed=4", "--set", "stages.itec.rounds=1", "--resume"]) == 0
+    ((topology, resume),) = seen
+    assert isinstance(topology, Topology)
+    assert (topology.seed, topology.stage("itec").rounds, resume) == (4, 1, True)
+
+
+def test_a_users_mistake_is_one_line_and_code_two(monkeypatch, capsys):
+    """No traceback for what the user can fix; anything else keeps its own."""
+
+    def refuse(*_, **__):
+        raise UserError("the run is unfinished")
+
+    def fail(*_, **__):
+        raise RuntimeError("a bug")
+
+    fake_module(monkeypatch, "topologies.launch", launch=refuse)
+    assert cli.main(["launch", LOCAL]) == 2
+    assert capsys.readouterr().err == "afm-rl: the run is unfinished\n"
+    assert cli.main(["launch", LOCAL, "--set", "stages.itec.ruonds=1"]) == 2
+    assert capsys.readouterr().err == (
+        "afm-rl: --set stages.itec.ruonds=1: stages[5].itec.ruonds: unknown key 'ruonds'; did you mean 'rounds'?\n"
+    )
+    fake_module(monkeypatch, "topologies.launch", launch=fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["launch", LOCAL])
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
+    """Ctrl-C during a launch is no error, and the run can be resumed."""
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    fake_module(monkeypatch, "topologies.launch", launch=interrupt)
+    assert cli.main(["launch", LOCAL]) == 130
+    assert "continue with --resume" in capsys.readouterr().err
+
+
+def test_plan_for_people_and_for_scripts(capsys):
+    """Both forms, on the shipped file; the cluster launcher, so that the testing machine's size does not matter."""
+    assert cli.main(["plan", LOCAL, "--set", "launcher=cluster"]) == 0
+    assert "learner" in capsys.readouterr().out
+    assert cli.main(["plan", LOCAL, "--set", "launcher=cluster", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["name"] == "local"
+    assert {actor["role"] for actor in data["actors"]} >= {"learner", "sampler"}
+
+
+def test_report_and_serve_find_the_run(run, monkeypatch, capsys):
+    """A run goes by its name; serve takes host and port from the topology unless told otherwise."""
+    calls = []
+    fake_module(monkeypatch, "topologies.report", write_report=lambda path: path / "report.html")
+    fake_module(monkeypatch, "topologies.serving", serve_run=lambda path, **options: calls.append((path, options)))
+    assert cli.main(["report", "one"]) == 0
+    assert capsys.readouterr().out == f"{run.report_html}\n"
+    assert cli.main(["serve", "one"]) == 0
+    assert cli.main(["serve", "runs/one", "--port", "0", "--host", "0.0.0.0"]) == 0
+    assert [path for path, _ in calls] == [run.path, run.path]
+    assert [(o["host"], o["port"], o["block"]) for _, o in calls] == [("127.0.0.1", 8000, True), ("0.0.0.0", 0, True)]
+    assert cli.main(["report", "two"]) == 2
+    assert "no run at two or runs/two" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_generate_answers_with_a_real_policy(run, capsys):
+    """Greedy answers are equal, sampled ones differ, a line each, and mistakes are one line."""
+    save_tiny_policy(run, "sft")
+    ask = ["generate", "one", "--policy", "sft", "--prompt", "3 + 4", "--max-tokens", "5", "--responses", "3", "--json"]
+    assert cli.main(ask) == 0
+    greedy = capsys.readouterr().out.splitlines()
+    assert len(greedy) == 3
+    assert len(set(greedy)) == 1
+    answer = json.loads(greedy[0])
+    assert set(answer) == {"text", "tokens", "finished"}
+    assert 1 <= answer["tokens"] <= 5
+    assert cli.main([*ask, "--temperature", "1", "--seed", "1"]) == 0
+    sampled = capsys.readouterr().out
+    assert len(set(sampled.splitlines())) == 3
+    assert cli.main([*ask, "--temperature", "1", "--seed", "1"]) == 0
+    assert capsys.readouterr().out == sampled
+    assert cli.main(["generate", "one", "--policy", "stf", "--prompt", "x"]) == 2
+    assert "no policy 'stf'; it has: sft" in capsys.readouterr().err
+    assert cli.main([*ask, "--max-tokens", "1000000"]) == 2
+    assert "exceeds the model's" in capsys.readouterr().err
+
+
+def test_generate_refuses_a_folder_that_is_no_policy(run, capsys):
+    """A reward model or half a policy is named, without a traceback."""
+    (run.policies / "reward" / "0").mkdir(parents=True)
+    (run.policies / "reward" / "0" / "config.json").write_text("{}")
+    assert cli.main(["generate", "one", "--policy", "reward", "--prompt", "x"]) == 2
+    assert "the policy 'reward' cannot answer prompts" in capsys.readouterr().err
+
+
+def test_export_copies_whole_or_not_at_all(run, tmp_path, capsys):
+    """The copy is complete, an existing folder is not touched, an empty one is fine."""
+    source = run.policies / "sft" / "0"
+    source.mkdir(parents=True)
+    (source / "config.json").write_text('{"a": 1}')
+    assert cli.main(["export", "one", "sft", str(tmp_path / "out" / "model")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/out/model\n"
+    assert (tmp_path / "out" / "model" / "config.json").read_text() == '{"a": 1}'
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["model"]
+    assert cli.main(["export", "one", "sft", str(tmp_path / "out" / "model")]) == 2
+    assert "exists" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["export", "one", "sft", str(tmp_path / "empty")]) == 0
+    assert (tmp_path / "empty" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["launch"],
+        ["generate", "one", "--policy", "a", "--prompt", "b", "--max-tokens", "0"],
+        ["generate", "one", "--policy", "a", "--prompt", "b", "--temperature", "hot"],
+        ["export", "one"],
+    ],
+)
+def test_usage_errors_are_code_two(arguments, capsys):
+    """argparse's own: usage on stderr, code 2."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: afm-rl" in capsys.readouterr().err

@@ -1,0 +1,190 @@
+"""The command line, `afm-rl`.
+
+A mistake of the user's (`UserError`) is one line on stderr for each thing to fix and exit code 2; an interrupt is 130;
+everything else keeps its traceback. Heavy modules (Ray, JAX) are imported by the commands that need them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+
+from afm_rl.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the process's exit code."""
+    args = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int | None] = args.command
+    try:
+        return command(args) or 0
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"afm-rl: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        hint = "; continue with --resume" if command is _launch else ""
+        print(f"afm-rl: interrupted{hint}", file=sys.stderr)
+        return 130
+
+
+def _launch(args: argparse.Namespace) -> None:
+    from topologies.schema import load_topology
+
+    topology = load_topology(args.file, args.set)
+    from topologies.launch import launch
+
+    launch(topology, resume=args.resume)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from topologies.plan import plan
+    from topologies.schema import load_topology
+
+    result = plan(load_topology(args.file, args.set))
+    if args.json:
+        print(json.dumps(result.to_json(), indent=2))
+        return
+    from rich.console import Console
+
+    from topologies.plan_view import print_plan
+
+    print_plan(result, Console(highlight=False))
+
+
+def _report(args: argparse.Namespace) -> None:
+    from topologies.report import write_report
+    from topologies.run_folder import RunFolder
+
+    print(write_report(RunFolder.open(args.run).path))
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from topologies.policy_commands import generate_answers
+    from topologies.run_folder import RunFolder
+
+    answers = generate_answers(
+        RunFolder.open(args.run),
+        args.policy,
+        prompt=args.prompt,
+        system=args.system,
+        responses=args.responses,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        seed=args.seed,
+    )
+    for answer in answers:
+        print(json.dumps(vars(answer), ensure_ascii=False) if args.json else answer.text)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from topologies.run_folder import RunFolder
+
+    run = RunFolder.open(args.run)
+    server = run.topology.actors.server
+    from topologies.serving import serve_run
+
+    serve_run(
+        run.path,
+        host=server.host if args.host is None else args.host,
+        port=server.port if args.port is None else args.port,
+        replicas=server.replicas,
+        num_cpus=server.num_cpus,
+        compute_dtype=run.topology.compute.dtype,
+        block=True,
+    )
+
+
+def _export(args: argparse.Namespace) -> None:
+    from topologies.policy_commands import export_policy
+    from topologies.run_folder import RunFolder
+
+    print(export_policy(RunFolder.open(args.run), args.policy, args.folder))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="afm-rl",
+        description="A distributed actor system for online RL: launch a topology, look at its run, serve it.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    launch = _topology_command(commands, "launch", _launch, "run every stage of a topology file")
+    launch.add_argument("--resume", action="store_true", help="continue the unfinished run of this topology, if any")
+
+    plan = _topology_command(commands, "plan", _plan, "show what a topology needs and does, and start nothing")
+    plan.add_argument("--json", action="store_true", help="for a script to read")
+
+    _run_command(commands, "report", _report, "write RUN/report.html again")
+
+    generate = _run_command(commands, "generate", _generate, "answer a prompt with a policy of a run")
+    generate.add_argument("--policy", required=True, metavar="NAME", help="a folder of RUN/policies")
+    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--system", metavar="TEXT", help="a system instruction before the prompt")
+    generate.add_argument("--responses", type=_count, default=1, metavar="N")
+    generate.add_argument("--max-tokens", type=_count, default=64, metavar="N")
+    generate.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default) is greedy")
+    generate.add_argument("--seed", type=int, default=0, metavar="N")
+    generate.add_argument("--json", action="store_true", help="one object per line: text, tokens, finished")
+
+    serve = _run_command(commands, "serve", _serve, "serve a run's model with OpenAI's HTTP interface")
+    serve.add_argument("--host", help="default: the topology's (127.0.0.1)")
+    serve.add_argument("--port", type=int, help="default: the topology's (8000); 0 takes a free one")
+
+    export = _run_command(commands, "export", _export, "copy a policy out as a Hugging Face folder")
+    export.add_argument("policy", metavar="POLICY")
+    export.add_argument("folder", metavar="FOLDER")
+    return parser
+
+
+def _topology_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    command: Callable[[argparse.Namespace], None],
+    summary: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=summary)
+    parser.add_argument("file", metavar="FILE", help="a topology file")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a value: stages.itec.rounds=1 (repeatable)",
+    )
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _run_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    command: Callable[[argparse.Namespace], None],
+    summary: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=summary)
+    parser.add_argument("run", metavar="RUN", help="a run folder, or its name below ./runs")
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, got {text!r}")
+    return int(text)
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number, 0 or more, got {text!r}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""The online loop of MDLOO (4.3.3, E.2), synchronous: what is trained on was sampled from exactly the current policy.
+
+    prompts -> samplers -> reward -> groups -> learner -> weights (version, digest) -> samplers
+
+| role | consumes | produces | waits for | unblocked by |
+|---|---|---|---|---|
+| sampler | prompts, weights of version k | groups of G responses | acknowledged weights of version k | publish of version k |
+| reward | groups | scored groups | its share of the groups | the samplers |
+| learner | all groups of an iteration | weights of version k + 1, metrics | every scored group | the reward actors |
+
+An iteration is a function of (policy, seed, iteration): a resumed loop draws the same prompts and the same responses.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from actors.host import call, gather, spread
+from actors.learner import MdlooSettings, TrainingJob
+from actors.reward import RewardSpec
+from actors.weights import deliver
+from afm_rl.packing import epoch_rows
+from afm_rl.recipe import OptimizerSpec
+from afm_rl.types import Group, Prompt, ScoredGroup
+from topologies.stage_options import MdlooTraining
+from topologies.stages.context import Context, Policy
+
+#: Iterations between two checkpoints of the loop.
+CHECKPOINT_EVERY = 5
+
+
+def train_mdloo(
+    ctx: Context, options: MdlooTraining, *, stage: str, start: Policy, reward_model: Policy, policy: Policy
+) -> None:
+    """Train `policy` from `start`, which is also the frozen reference, against the reward of the topology."""
+    job = TrainingJob(
+        task=policy.name,
+        objective="mdloo",
+        optimizer=OptimizerSpec("adamw", options.learning_rate, warmup_steps=options.warmup_steps),
+        checkpoint_folder=str(ctx.checkpoints(policy.name)),
+        init=str(start.folder),
+        frozen={"reference": str(start.folder)},
+        options={"gamma": options.gamma, "temperature": options.temperature},
+        checkpoint_every=CHECKPOINT_EVERY,
+        seed=ctx.seed,
+    )
+
+    def work() -> None:
+        weights = {"model": options.reward.model, "verifier": options.reward.verifier}
+        spec = RewardSpec(str(ctx.tokenizer_folder), str(reward_model.folder), weights)
+        gather([handle.submit("load", spec) for handle in ctx.system.rewards])
+        first = call(ctx.system.learner, "begin", job)
+        with ctx.progress.task(policy.name, total=options.iterations, done=first) as bar:
+            for iteration in range(first, options.iterations):
+                _iterate(ctx, options, iteration, stage=stage, start=start, policy=policy)
+                bar.advance(1)
+        ctx.export(job, policy)
+        call(ctx.system.store, "forget", policy.name)
+
+    ctx.once(f"train/{policy.name}", work)
+    shutil.rmtree(ctx.checkpoints(policy.name), ignore_errors=True)
+
+
+def _iterate(
+    ctx: Context, options: MdlooTraining, iteration: int, *, stage: str, start: Policy, policy: Policy
+) -> None:
+    """One data-collection stage and one policy-update stage."""
+    begin = time.perf_counter()
+    published = ctx.system.learner.submit("publish", policy.name, iteration)
+    digest = call(ctx.system.store, "publish", published)
+    deliver(ctx.system.store, ctx.system.samplers, policy.name, ctx.spec(start), digest=digest)
+    ctx.samplers_hold(f"{policy.name}@{iteration}")
+    prompts = iteration_prompts(ctx.data.prompts, iteration, count=options.prompts, seed=ctx.seed)
+    groups = ctx.generate(
+        ctx.requests(
+            prompts,
+            purpose=(policy.name, iteration),
+            responses=options.responses,
+            temperature=options.temperature,
+            max_tokens=options.max_tokens,
+        )
+    )
+    generated = time.perf_counter()
+    scored = _score(ctx, groups, prompts)
+    rewarded = time.perf_counter()
+    settings = MdlooSettings(beta=options.beta, inner_steps=options.inner_steps, temperature=options.temperature)
+    metrics = call(ctx.system.learner, "update_mdloo", iteration, scored, settings)
+    updated = time.perf_counter()
+    tokens = sum(len(response) for group in groups for response in group.responses)
+    ctx.metrics.log(
+        stage=stage,
+        task=policy.name,
+        step=iteration,
+        values={
+            **metrics,
+            **{f"reward_{name}": value for name, value in _component_means(scored).items()},
+            **({"accuracy": _component_means(scored)["verifier"]} if "verifier" in scored[0].components else {}),
+            "policy_version": iteration,
+            "weights_in_sync": 1.0,
+            "queue_depth": len(scored),
+            "tokens_per_s": tokens / (generated - begin),
+            "generate_s": generated - begin,
+            "reward_s": rewarded - generated,
+            "update_s": updated - rewarded,
+        },
+    )
+
+
+def iteration_prompts(prompts: Sequence[Prompt], iteration: int, *, count: int, seed: int) -> list[Prompt]:
+    """The prompts of an iteration, ordered by id: endless shuffled epochs, a pure function of its arguments."""
+    rows = epoch_rows(iteration, batch=min(count, len(prompts)), rows=len(prompts), seed=seed)
+    return sorted((prompts[i] for i in rows), key=lambda p: p.id)
+
+
+def _score(ctx: Context, groups: Sequence[Group], prompts: Sequence[Prompt]) -> list[ScoredGroup]:
+    shares = zip(spread(ctx.system.rewards, groups), spread(ctx.system.rewards, prompts), strict=True)
+    pending = [handle.submit("score", some, asked) for (handle, some), (_, asked) in shares]
+    return [scored for part in gather(pending) for scored in part]
+
+
+def _component_means(scored: Sequence[ScoredGroup]) -> dict[str, float]:
+    """Mean of each reward component over the responses that have one."""
+    names = scored[0].components
+    return {name: float(np.nanmean(np.concatenate([s.components[name] for s in scored]))) for name in names}

@@ -49,6 +49,9 @@ class Host:
             self._busy_s += time.perf_counter() - start
             self._calls += 1
 
+    def ping(self) -> None:
+        """Answers once the actor has been placed and constructed."""
+
     def stats(self) -> ActorStats:
         """Busy time, calls, and the process's peak resident memory."""
         peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -72,6 +75,9 @@ class Handle(Protocol):
     def submit(self, method: str, *args: Any, **kwargs: Any) -> Pending:
         """Start a call and return at once."""
 
+    def ping(self) -> Pending:
+        """Start a call that ends once the actor has been placed and constructed."""
+
     def stats(self) -> ActorStats:
         """What the actor did so far."""
 
@@ -86,6 +92,9 @@ class InlineHandle:
     def submit(self, method: str, *args: Any, **kwargs: Any) -> Pending:
         args = tuple(a.result(DEFAULT_DEADLINE_S) if isinstance(a, _Done) else a for a in args)
         return _Done(f"{self.name}.{method}", self._host.run(method, kwargs, *args))
+
+    def ping(self) -> Pending:
+        return _Done(f"{self.name}.ping", self._host.ping())
 
     def stats(self) -> ActorStats:
         return self._host.stats()
@@ -112,6 +121,9 @@ class RayHandle:
         refs = [a.ref if isinstance(a, _RayPending) else a for a in args]
         call = self._actor.run.options(name=f"{self.name}.{method}")
         return _RayPending(f"{self.name}.{method}", call.remote(method, kwargs, *refs))
+
+    def ping(self) -> Pending:
+        return _RayPending(f"the placement of {self.name}", self._actor.ping.remote())
 
     def stats(self) -> ActorStats:
         return _RayPending(f"{self.name}.stats", self._actor.stats.remote()).result(30.0)

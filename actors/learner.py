@@ -24,7 +24,7 @@ from afm_rl.config import ModelConfig
 from afm_rl.lora import init_lora
 from afm_rl.model import init_params
 from afm_rl.objectives.mdloo import leave_one_out, shaped_reward
-from afm_rl.packing import Batch, Example, pad
+from afm_rl.packing import Batch, Example, PackedRows, pad
 from afm_rl.policy_losses import View, adapter_view, build, full_view, response_logps
 from afm_rl.recipe import OptimizerSpec
 from afm_rl.reward_model import init_heads
@@ -142,6 +142,14 @@ class Learner:
         params = self._require_state().params if which == "current" else frozen[which]
         view = view if which == "current" else full_view
         return np.asarray(self._logps(params, frozen, batch, view=view, temperature=temperature))
+
+    def held_out_losses(self, rows: Mapping[str, PackedRows]) -> dict[str, float]:
+        """Mean negative log-likelihood per target token of each set of packed rows, under the current parameters."""
+        losses = {}
+        for name, packed in rows.items():
+            batch = packed.take(np.arange(len(packed)))
+            losses[name] = float(-self.log_probs(batch).sum() / max(1.0, float(batch["mask_BT"].sum())))
+        return losses
 
     def update_mdloo(self, iteration: int, groups: Sequence[ScoredGroup], settings: MdlooSettings) -> dict[str, float]:
         """One policy-update stage over n x K responses sampled from the current parameters (theta_k).

@@ -103,15 +103,6 @@ def held_out_rows(corpora: Mapping[str, TokenCorpus], *, short: int, long: int) 
     return rows
 
 
-def held_out_losses(learner: Learner, rows: Mapping[str, PackedRows]) -> dict[str, float]:
-    """Mean negative log-likelihood per target token of each domain, under the learner's current parameters."""
-    losses = {}
-    for name, packed in rows.items():
-        batch = packed.take(np.arange(len(packed)))
-        losses[name] = float(-learner.log_probs(batch).sum() / max(1.0, batch["mask_BT"].sum()))
-    return losses
-
-
 def _open(plan: PretrainPlan, name: str) -> TokenCorpus:
     return read_corpus(Path(plan.corpora) / name, fingerprint=plan.fingerprint)
 
@@ -141,7 +132,7 @@ def _run_phase(
     learner.export(phase.export, plan.tokenizer_folder)
     return PhaseResult(
         phase.name,
-        held_out_losses(learner, held_out),
+        learner.held_out_losses(held_out),
         float(np.mean(last)) if last else float("nan"),
         phase.steps * phase.batch * phase.sequence_length,
     )

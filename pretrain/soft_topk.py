@@ -1,11 +1,8 @@
-"""Soft-Top-K (3.2.1, pruning): a differentiable mask whose entries sum to k.
+"""Soft-Top-K masks (section 3.2.1, after Lei et al. 2023): the differentiable choice of k units out of n, solved exactly.
 
-    l = argmax  s.l + eps * H(l)   subject to  sum(l) = k, 0 <= l <= 1     =>     l = min(1, c * exp(s / eps))
-
-The usual solver alternates 20 times between scaling and clipping and can miss k by 10 % when scores are spread. This one is
-exact: after one sort, the number m of entries at 1 is the smallest for which the rest, scaled to sum to k - m, stays below 1.
-
-Shapes: F entries on the last axis; leading axes (layers) are independent.
+The mask maximises s . l + eps * H(l) subject to sum l = k and 0 <= l <= 1 (H(l) = -sum l log l), so that
+l = min(1, c * exp(s / eps)). The usual 20 fixed-point iterations for c can miss k by 10 % when scores are spread; one sort
+finds which entries are saturated, and the others share what is left in closed form.
 """
 
 from __future__ import annotations
@@ -14,36 +11,34 @@ import jax
 import jax.numpy as jnp
 
 
-def soft_top_k(scores: jax.Array, *, k: int, eps: float | jax.Array) -> jax.Array:
-    """Mask like `scores` [..., F] with values in [0, 1] that sum to k on the last axis.
+def soft_topk(scores: jax.Array, k: float | jax.Array, eps: float | jax.Array) -> jax.Array:
+    """The mask l of `scores` [..., n] over its last axis: sum l = k, 0 <= l <= 1; eps -> 0 gives the hard top k.
 
-    eps > 0 is the temperature: towards 0 the mask becomes the hard top k. Differentiable in `scores`: the gradient is that of
-    the exact solution (entries at 1 have none). Raises ValueError unless 1 <= k <= F.
+    Differentiable in scores (and k, eps): free entries have dl_i/ds_m = (l_i [i = m] - l_i l_m / sum_free l) / eps,
+    saturated ones 0. Raises ValueError for a k outside (0, n].
     """
-    F = scores.shape[-1]
-    if not 1 <= k <= F:
-        raise ValueError(f"soft_top_k: k must be between 1 and the number of entries, {F}; got {k}")
-    if k == F:
-        return jnp.ones_like(scores)
-    logits = scores / eps
-    saturated = jax.lax.stop_gradient(logits) > jax.lax.stop_gradient(_threshold(logits, k))
-    count = saturated.sum(-1, keepdims=True)
-    rest = jax.nn.logsumexp(jnp.where(saturated, -jnp.inf, logits), axis=-1, keepdims=True)
-    log_c = jnp.log((k - count).astype(logits.dtype)) - rest
-    # Selected before exp: a saturated entry must neither overflow nor send a gradient of its own.
-    soft = jnp.exp(jnp.where(saturated, 0.0, jnp.minimum(log_c + logits, 0.0)))
-    return jnp.where(saturated, 1.0, soft)
+    n = scores.shape[-1]
+    if isinstance(k, int | float) and not 0 < k <= n:
+        raise ValueError(f"k must be above 0 and at most the number of scores, {n}; got {k}")
+    x = scores / eps
+    free = jax.lax.stop_gradient(x <= _largest_free(jax.lax.stop_gradient(x), k))
+    shared = k - jnp.sum(~free, axis=-1, keepdims=True)
+    mask = jnp.where(free, shared * jax.nn.softmax(x, axis=-1, where=free), 1.0)
+    # Rounding may lift an entry an ulp above 1; taking it off must not touch the gradient.
+    return mask - jax.lax.stop_gradient(jnp.maximum(mask - 1.0, 0.0))
 
 
-def _threshold(logits: jax.Array, k: int) -> jax.Array:
-    """The largest logit that is not at 1 [..., 1]: entries above it are saturated."""
-    F = logits.shape[-1]
-    ordered = -jnp.sort(-logits, axis=-1)
-    # rest[m]: log sum exp of all but the m largest.
-    rest = jax.lax.cumlogsumexp(ordered, axis=ordered.ndim - 1, reverse=True)
-    m = jnp.arange(F)
-    log_c = jnp.log(jnp.maximum(k - m, 0).astype(logits.dtype)) - rest
-    fits = (m < k) & (log_c + ordered <= 1e-7)
-    # m = k - 1 leaves a sum of 1 over the rest, which always fits; argmax finds the first that does.
-    first = jnp.argmax(fits.at[..., k - 1].set(True), axis=-1)
-    return jnp.take_along_axis(ordered, first[..., None], axis=-1)
+def _largest_free(x: jax.Array, k: float | jax.Array) -> jax.Array:
+    """The largest entry [..., 1] that is not saturated: with j larger ones at 1, c_j = (k - j) / sum_{i >= j} e^{x_i}.
+
+    j is the smallest number for which c_j e^{x_j} <= 1. It is below k, where the right-hand side is at least 1 term.
+    """
+    n = x.shape[-1]
+    ordered = jnp.flip(jnp.sort(x, axis=-1), axis=-1)
+    tail = jax.lax.cumlogsumexp(ordered, axis=x.ndim - 1, reverse=True)
+    left = k - jnp.arange(n, dtype=x.dtype)
+    log_mask = jnp.where(left > 0, jnp.log(jnp.where(left > 0, left, 1.0)), -jnp.inf) - tail + ordered
+    saturated = jnp.argmax(log_mask <= 0, axis=-1)
+    # Where k - j falls to 1, c_j e^{x_j} <= 1 holds in exact arithmetic; rounding must not carry the search beyond it.
+    saturated = jnp.minimum(saturated, jnp.asarray(jnp.ceil(k), saturated.dtype) - 1)
+    return jnp.take_along_axis(ordered, saturated[..., None], axis=-1)

@@ -1,8 +1,8 @@
 """Palettization of one matrix (paper 5.2.1, F): k-means tables shared by every 16 rows or columns; the int8 embedding.
 
-`palettize` replaces each weight by an index into its group's table of 2**bits values; the tables are nearly optimal (see
-`quant/kmeans.py`) for sum importance * error^2. The paper does not say how tables are stored: ours are float16, rounded
-before the final assignment, and counted in `bits_per_weight`. The embedding has one int8 scale per row, its channel.
+`palettize` replaces each weight by an index into its group's table of 2**bits values; the tables are nearly optimal
+(see `quant/kmeans.py`) for sum importance * error^2. The paper does not say how tables are stored: ours are float16,
+rounded before the final assignment, and counted in `bits_per_weight`. An embedding's channel is its row.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def palettize(
     """Palettize `weight` [out, in] so that every `group_size` slices along `axis` share a table of 2**bits values.
 
     `importance` [out, in], not negative (a diagonal Fisher), weighs each squared error; None is 1 everywhere. A float16
-    table resolves 3e-8 at best: take float32 for a matrix whose every weight is that small. Raises ValueError for weights
-    that are not finite or overflow `lut_dtype`, and for options out of range.
+    table resolves 3e-8 at best: take float32 for a matrix whose every weight is that small. Raises ValueError for
+    weights that are not finite or overflow `lut_dtype`, and for options out of range.
     """
     weight = np.asarray(weight)
     weight = weight.astype(np.float64 if weight.dtype == np.float64 else np.float32, copy=False)

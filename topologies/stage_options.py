@@ -129,6 +129,7 @@ class PruneStage(StageOptions):
     reads = ("documents",)
     name: Literal["prune"] = "prune"
     mask_steps: Count = 100
+    mask_lr: Positive = 0.003
     steps: Count = 200
     batch: Count = 16
     sequence_length: Annotated[int, Field(ge=8)] = 128

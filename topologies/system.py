@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.annotator import Annotator
-from actors.host import ActorStats, Handle, Host, InlineHandle, RayHandle
+from actors.host import ActorStats, DeadlineError, Handle, Host, InlineHandle, RayHandle, gather
 from actors.learner import Learner
 from actors.quantizer import Quantizer
 from actors.reward import Reward
@@ -184,12 +184,10 @@ def _connect(topology: Topology) -> str | None:
 
 def _await_placement(handles: list[RayHandle]) -> None:
     """Every actor answers, or the launch fails with the names of those that cannot be placed."""
-    from actors.host import gather
-
     for handle in handles:
         try:
-            gather([handle.submit_stats()], deadline_s=PLACEMENT_DEADLINE_S)
-        except TimeoutError as error:
+            gather([handle.ping()], deadline_s=PLACEMENT_DEADLINE_S)
+        except DeadlineError as error:
             raise UserError(
                 f"actor {handle.name} could not be placed within {PLACEMENT_DEADLINE_S:.0f} s: the cluster lacks the CPUs, GPUs "
                 "or nodes it asks for; compare `afm-rl plan FILE` with `ray status`"

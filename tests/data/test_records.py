@@ -1,10 +1,13 @@
 """Records: what is written comes back, and every mistake is an error with file, line and fix."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from afm_rl.data import records
+from afm_rl.data.checks import CHECKS, validate_check
 from afm_rl.data.documents import read_documents, write_documents
 from afm_rl.errors import UserError
 from afm_rl.types import Demonstration, Grades, Message, Preference, Prompt
@@ -110,6 +113,22 @@ def test_preference_mistakes(write, change, message):
     """A preference without a level, with a grade out of range or with nothing to prefer is refused."""
     with pytest.raises(UserError, match=message):
         records.read_preferences(write({**PREFERENCE, **change}))
+
+
+def test_the_documented_examples_are_valid(write):
+    """Every example of docs/data.md reads as what its heading says, and every check it lists exists and is listed."""
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    readers = {
+        "Prompts": records.read_prompts,
+        "Demonstrations": records.read_demonstrations,
+        "Preferences": records.read_preferences,
+    }
+    for heading, read in readers.items():
+        (block,) = re.findall(rf"^## {heading}$.*?^```json\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+        assert read(write(block.strip()))
+    for example in re.findall(r'`(\{"type".*?\})`', page):
+        validate_check(json.loads(example))
+    assert all(f'"{name}"' in page or f"`{name}`" in page for name in CHECKS)
 
 
 def test_the_same_prompt_twice(write):

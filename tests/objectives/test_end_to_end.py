@@ -39,6 +39,7 @@ def test_reference_log_probabilities_match_trl(checkpoint: tuple[ModelConfig, Pa
     np.testing.assert_allclose(sequence_logp(logp, z["completion_mask"]), z["ref_logps_f64"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_mdloo_gradient_norm_matches_trl(checkpoint: tuple[ModelConfig, Params]) -> None:
     """Guards sequence-level ratio, sum over tokens and mean over sequences: TRL's gradient norm, 43.102, at theta_k."""
     config, params = checkpoint

@@ -8,10 +8,13 @@ the prompt and the two texts alone: not on the order of the pairs, the replica, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from afm_rl.errors import UserError
 from afm_rl.types import Pair, Preference
 from afm_rl.worlds.annotate import judge, pair_rng
+
+Outcome = Literal["win", "tie", "loss"]
 
 #: What a topology may name; the ones of KINDS that are not in AVAILABLE_KINDS are refused.
 KINDS = ("simulated", "judge", "human")
@@ -47,11 +50,23 @@ class Annotator:
         judged = [self._judge(pair) for pair in pairs]
         return [preference for preference in judged if preference is not None]
 
-    def _judge(self, pair: Pair) -> Preference | None:
+    def compare(self, pairs: Sequence[Pair]) -> list[Outcome]:
+        """Whether response a wins, ties with, or loses to response b, in the order of the pairs; for evaluation: no error.
+
+        Raises UserError as `annotate` does.
+        """
+        outcomes: list[Outcome] = []
+        for pair in pairs:
+            preference = self._judge(pair, flip_rate=0.0)
+            outcomes.append("tie" if preference is None else "win" if preference.chosen == pair.response_a else "loss")
+        return outcomes
+
+    def _judge(self, pair: Pair, *, flip_rate: float | None = None) -> Preference | None:
         if not pair.prompt.checks:
             raise UserError(
                 f"prompt {pair.prompt.id!r} has no checks: the simulated annotator has nothing to judge by; "
                 'give the prompt "checks" (docs/data.md), or leave it out of the prompts of itec'
             )
         rng = pair_rng(pair, seed=self._seed)
-        return judge(pair, flip_rate=self._flip_rate, rng=rng, annotator=self.name)
+        rate = self._flip_rate if flip_rate is None else flip_rate
+        return judge(pair, flip_rate=rate, rng=rng, annotator=self.name)

@@ -23,7 +23,7 @@ from afm_rl import checkpoint
 from afm_rl.config import ModelConfig
 from afm_rl.lora import init_lora
 from afm_rl.model import init_params
-from afm_rl.objectives.mdloo import leave_one_out, shaped_reward
+from afm_rl.objectives.mdloo import leave_one_out, shaped_reward, usable_responses
 from afm_rl.packing import Batch, Example, PackedRows, pad
 from afm_rl.policy_losses import View, adapter_view, build, full_view, response_logps
 from afm_rl.recipe import OptimizerSpec
@@ -32,6 +32,7 @@ from afm_rl.training import TrainState, create_state, make_train_step, to_floats
 from afm_rl.types import ScoredGroup, Weights
 from afm_rl.weights import flatten
 from pretrain.pruning import init_scores, mask_view, prune
+from quant.sensitivity import fisher_diagonal
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ class Learner:
         params = loaded.params if loaded else init_params(config, jax.random.key(job.seed))
         trained = self._trained(job, params, config)
         optimizer = job.optimizer.build(width=config.dim)
-        self._step = make_train_step(build(job.objective, config, options, view=self._view), optimizer, seed=job.seed)
+        self._loss = build(job.objective, config, options, view=self._view)
+        self._step = make_train_step(self._loss, optimizer, seed=job.seed)
         self._job, self.config = job, config
         self._logps = jax.jit(partial(_log_probs, config=config, dtype=self._dtype), static_argnames=("view", "temperature"))
         self._state = create_state(trained, optimizer)
@@ -151,6 +153,13 @@ class Learner:
             losses[name] = float(-self.log_probs(batch).sum() / max(1.0, float(batch["mask_BT"].sum())))
         return losses
 
+    def fisher(self, batches: Sequence[Batch]) -> dict[str, np.ndarray]:
+        """Mean squared gradient of the job's loss per operation (`quant/sensitivity.py`), over the batches."""
+        job = self._require_job()
+        params, key = self._require_state().params, jax.random.key(job.seed)
+        gradient = jax.jit(lambda batch: jax.grad(self._loss, has_aux=True)(params, self._frozen, batch, key)[0])
+        return fisher_diagonal(gradient(batch) for batch in batches)
+
     def update_mdloo(self, iteration: int, groups: Sequence[ScoredGroup], settings: MdlooSettings) -> dict[str, float]:
         """One policy-update stage over n x K responses sampled from the current parameters (theta_k).
 
@@ -169,11 +178,11 @@ class Learner:
             ref_logp_BT.sum(-1).reshape(shape),
             beta=settings.beta,
         )
-        usable_P = valid_PG.sum(-1) >= 2
-        if not usable_P.any():
+        usable_PG = usable_responses(total_PG, valid_PG)
+        if not usable_PG.any():
             raise ValueError("no group has two valid responses: every reward of this iteration failed")
-        advantage_PG = np.asarray(leave_one_out(total_PG, valid_PG))
-        counted_B = (valid_PG & usable_P[:, None]).reshape(-1)
+        advantage_PG = leave_one_out(total_PG, valid_PG)
+        counted_B = usable_PG.reshape(-1)
         batch["mask_BT"] = batch["mask_BT"] * counted_B[:, None]
         batch |= {
             "behavior_logp_BT": behavior_logp_BT * counted_B[:, None],
@@ -189,10 +198,10 @@ class Learner:
             **to_floats(device_metrics),
             "reward": float(reward_PG[valid_PG].mean()),
             "kl_to_reference": float(kl_ref_B[counted_B].mean()),
-            "advantage_std": float(advantage_PG[valid_PG].std()),
+            "advantage_std": float(advantage_PG[usable_PG].std()),
             "logp_mismatch": float(np.abs(sampler_logp_B - behavior_logp_BT.sum(-1)).max()),
             "response_tokens": float(np.mean([len(r) for g in groups for r in g.group.responses])),
-            "groups_dropped": float((~usable_P).sum()),
+            "groups_dropped": float((~usable_PG.any(-1)).sum()),
         }
 
     def save(self, step: int) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from actors.artifacts import load_artifact
 from afm_rl.config import ModelConfig
-from afm_rl.data.checks import passes
+from afm_rl.data.checks import is_checkable, passes
 from afm_rl.packing import Example, pad
 from afm_rl.reward_model import Scores, score
 from afm_rl.tokenizer import Tokenizer
@@ -120,13 +120,15 @@ class Reward:
         return self._invalid
 
     def _verify(self, group: Group, prompt: Prompt) -> np.ndarray:
-        """1 where the checks pass, 0 where not, NaN (invalid) where a check itself failed: one response must not stop a run."""
+        """1 where the checks pass, 0 where not or without checks, NaN (invalid) where a check failed to run."""
         assert self._tokenizer is not None
+        if not is_checkable(prompt):
+            return np.zeros(len(group.responses), np.float32)
         values = np.empty(len(group.responses), np.float32)
         for i, response in enumerate(group.responses):
             try:
                 values[i] = float(passes(prompt, self._tokenizer.decode(response.tolist())))
-            except Exception:
+            except Exception:  # one response must not stop a run
                 log.exception("the checks of prompt %s failed on response %d; it is left out", prompt.id, i)
                 values[i] = np.nan
         return values

@@ -24,12 +24,14 @@ from actors.server_objects import TokenScores
 from afm_rl.config import ModelConfig
 from afm_rl.generate import Generator
 from afm_rl.huggingface import load_params
+from afm_rl.lora import attach
 from afm_rl.model import Params, forward, logits
 from afm_rl.tokenizer import Tokenizer
 from afm_rl.types import GenerationRequest, Group
+from quant.adapter import WEIGHTS_FILE, read_adapter
+from quant.package import is_package, read_package
 
 BASE = "base"
-ADAPTER_FILE = "adapter_model.safetensors"
 #: Sequences are scored at a multiple of this length, so many rows of logits at a time.
 SCORE_BUCKET = 64
 #: How many alternatives the scoring programs rank: each is one compiled program.
@@ -77,7 +79,7 @@ class AdapterBackend:
 
     def models(self) -> list[str]:
         """The base, then every adapter there is now, in alphabetical order."""
-        return [BASE, *sorted(path.parent.name for path in self._folder.glob(f"adapters/*/{ADAPTER_FILE}"))]
+        return [BASE, *sorted(path.parent.name for path in self._folder.glob(f"adapters/*/{WEIGHTS_FILE}"))]
 
     @property
     def resident(self) -> list[str]:
@@ -124,7 +126,7 @@ class AdapterBackend:
         if model not in self.models():
             raise KeyError(f"no model {model!r} in {self._folder}; available: {', '.join(self.models())}")
         path = self._folder / "adapters" / model
-        stat = (path / ADAPTER_FILE).stat()
+        stat = (path / WEIGHTS_FILE).stat()
         stamp = (stat.st_mtime_ns, stat.st_size)
         held = self._adapters.get(model)
         if held is None or held.stamp != stamp:
@@ -163,29 +165,15 @@ def _score(
 
 
 def _load_base(folder: Path) -> tuple[ModelConfig, Params]:
-    return load_params(folder)
+    if not is_package(folder):
+        return load_params(folder)
+    package = read_package(folder)
+    return package.config, package.params
 
 
 def _attach_adapter(base: Params, folder: Path) -> Params:
-    import json, re
-    from safetensors.numpy import load_file
-    from afm_rl.lora import attach
-
-    cfg = json.loads((folder / "adapter_config.json").read_text())
-    t = load_file(folder / ADAPTER_FILE)
-    layers = {}
-    L = base["layers"]["attn_norm"].shape[0]
-    for n in "q k v o gate up down".split():
-        layers[n] = {
-            k: np.stack(
-                [
-                    next(v for key, v in t.items() if f"layers.{l}." in key and f".{n}_proj.lora_{k.upper()}" in key)
-                    for l in range(L)
-                ]
-            )
-            for k in "ab"
-        }
+    adapter = read_adapter(folder)
     try:
-        return attach(base, {"layers": layers}, alpha=cfg["lora_alpha"], rank=cfg["r"])
-    except ValueError as e:
-        raise ValueError(f"{folder}: {e}") from e
+        return attach(base, adapter.params, alpha=adapter.alpha, rank=adapter.rank)
+    except ValueError as error:
+        raise ValueError(f"{folder} was made for another model: {error}") from error

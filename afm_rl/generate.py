@@ -106,16 +106,17 @@ class Generator:
         request = dataclasses.replace(request, num_responses=1)
         params, batch, state, response_bucket = self._start([request])
         sent = 0
-        while sent < request.max_tokens:
-            state = _decode(params, batch, state, min(sent + chunk, response_bucket), self.config)
-            tokens_T = np.asarray(state.tokens_PGT[0, 0])
-            written = min(int(state.step), request.max_tokens)
-            for token in tokens_T[sent:written].tolist():
-                yield token
-                if token in self.stop_ids:
-                    return
-            sent = written
-        self._count([request], sent)
+        try:
+            while sent < request.max_tokens:
+                state = _decode(params, batch, state, min(sent + chunk, response_bucket), self.config)
+                tokens_T = np.asarray(state.tokens_PGT[0, 0])
+                for token in tokens_T[sent : min(int(state.step), request.max_tokens)].tolist():
+                    sent += 1
+                    yield token
+                    if token in self.stop_ids:
+                        return
+        finally:  # a stream mostly ends at a stop token, or when its reader goes away
+            self._count([request], sent)
 
     def _check(self, request: GenerationRequest) -> None:
         if self._params is None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from afm_rl.config import ModelConfig
 from afm_rl.quantized import PalettizedWeight
@@ -65,11 +66,13 @@ def init_lora(config: ModelConfig, rank: int, key: jax.Array, dtype: Any = jnp.f
     """
     if rank < 1:
         raise ValueError(f"the rank of a LoRA adapter must be at least 1, got {rank}")
-    L = config.num_layers
-    shapes = projection_shapes(config)
+    L, shapes = config.num_layers, projection_shapes(config)
+    # One draw, cut up: a draw per shape would compile the generator seven times.
+    ends = np.cumsum([L * rank * fan_in for _, fan_in in shapes.values()])
+    draws = jnp.split(jax.random.normal(key, (int(ends[-1]),), dtype), ends[:-1])
     layers = {}
-    for (name, (out, fan_in)), subkey in zip(shapes.items(), jax.random.split(key, len(shapes)), strict=True):
-        a = fan_in**-0.5 * jax.random.normal(subkey, (L, rank, fan_in), dtype)
+    for (name, (out, fan_in)), draw in zip(shapes.items(), draws, strict=True):
+        a = fan_in**-0.5 * draw.reshape(L, rank, fan_in)
         layers[name] = {"a": a, "b": jnp.zeros((L, out, rank), dtype)}
     return {"layers": layers}
 

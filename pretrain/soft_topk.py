@@ -1,8 +1,8 @@
-"""Soft-Top-K masks (section 3.2.1, after Lei et al. 2023): the differentiable choice of k units out of n, solved exactly.
+"""Soft-Top-K masks (section 3.2.1, after Lei et al. 2023): a differentiable choice of k units out of n, solved exactly.
 
 The mask maximises s . l + eps * H(l) subject to sum l = k and 0 <= l <= 1 (H(l) = -sum l log l), so that
-l = min(1, c * exp(s / eps)). The usual 20 fixed-point iterations for c can miss k by 10 % when scores are spread; one sort
-finds which entries are saturated, and the others share what is left in closed form.
+l = min(1, c * exp(s / eps)). The usual 20 fixed-point iterations for c can miss k by 10 % when scores are spread; one
+sort finds which entries are saturated, and the others share what is left in closed form.
 """
 
 from __future__ import annotations

@@ -54,9 +54,9 @@ def _sorted(values_GN: np.ndarray, weights_GN: np.ndarray | None) -> tuple[np.nd
 class _Prefix:
     """Prefix sums of w, w z and w z^2, [3, G, N + 1], with which an interval's error costs O(1).
 
-    x = centre + unit * z, with centre and unit [G, 1]. Values are taken relative to the group's median, in units of its
-    widest deviation, and the sums run outwards from the median: the small numbers of the bulk are then never differences
-    of sums that an outlier dominates.
+    x = centre + unit * z, with centre and unit [G, 1]: values are taken relative to the group's median, in units of its
+    widest deviation. The sums run outwards from the median: the small numbers of the bulk are then never differences of
+    sums that an outlier dominates.
     """
 
     sums: np.ndarray
@@ -142,7 +142,7 @@ def _coarse_bounds(prefix: _Prefix, x_GN: np.ndarray, clusters: int) -> np.ndarr
 
 
 def _cheapest(best_before: np.ndarray, cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One stage of the dynamic programme: min, argmin over i of best_before[g, i] + cost[g, j, i]; overwrites `cost`."""
+    """One stage of the dynamic programme: min and argmin over i of best_before[g, i] + cost[g, j, i] (overwritten)."""
     cost += best_before[:, None, :]
     choice = cost.argmin(axis=2)
     return np.take_along_axis(cost, choice[:, :, None], axis=2)[:, :, 0], choice

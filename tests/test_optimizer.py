@@ -156,17 +156,17 @@ def test_the_first_update_uses_the_first_warmup_step() -> None:
     np.testing.assert_allclose(sizes, [0.25, 0.5, 0.75, 1.0, 0.1], rtol=1e-5)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, 60.0])
-@pytest.mark.parametrize("make", [afm, lambda: adamw(peak_lr=LR, schedule=constant(3), skip_norm=100.0)])
-def test_a_bad_step_is_skipped_and_counted(make: Any, bad: float) -> None:
+@pytest.mark.parametrize("optimizer", [afm(), adamw(peak_lr=LR, schedule=constant(3), skip_norm=100.0)])
+def test_a_bad_step_is_skipped_and_counted(optimizer: optax.GradientTransformation) -> None:
     """Guards the skip rule: norm >= 100 or not finite leaves parameters, state and schedule as if it never came."""
     params = {"w": jnp.ones(4)}
     good = [{"w": jnp.full(4, x)} for x in (0.1, 0.2)]
-    expected, clean = run(make(), params, good)
-    actual, state = run(make(), params, [good[0], {"w": jnp.array([bad, 80.0, 0.0, 0.0])}, good[1]])
-    np.testing.assert_array_equal(actual["w"], expected["w"])
-    jax.tree.map(np.testing.assert_array_equal, state.inner, clean.inner)
-    assert (int(skipped_steps(clean)), int(skipped_steps(state))) == (0, 1)
+    expected, clean = run(optimizer, params, good)
+    for bad in (np.nan, np.inf, 60.0):
+        actual, state = run(optimizer, params, [good[0], {"w": jnp.array([bad, 80.0, 0.0, 0.0])}, good[1]])
+        np.testing.assert_array_equal(actual["w"], expected["w"])
+        jax.tree.map(np.testing.assert_array_equal, state.inner, clean.inner)
+        assert (int(skipped_steps(clean)), int(skipped_steps(state))) == (0, 1)
 
 
 def test_a_norm_just_below_the_limit_is_clipped_not_skipped() -> None:

@@ -22,9 +22,13 @@ from afm_rl.generate import Generator
 from afm_rl.huggingface import save_pretrained
 from afm_rl.lora import PROJECTIONS, projection_shapes
 from afm_rl.model import Params, forward, init_params, logits
+from afm_rl.quantized import dequantize_params
 from afm_rl.tokenizer import Tokenizer
 from afm_rl.types import GenerationRequest
 from pretrain.tokenizer_training import MIN_VOCAB_SIZE, train_tokenizer
+from quant.operations import operation_names
+from quant.package import write_package
+from quant.recovery import palettize_operations, quantize_params
 
 PEFT_NAMES = {name: f"self_attn.{name}_proj" for name in "qkvo"} | {n: f"mlp.{n}_proj" for n in ("gate", "up", "down")}
 PROMPT = np.array([20, 30, 40, 50], np.int32)
@@ -243,6 +247,30 @@ def test_adapters_that_appear_or_change_are_served(folder: Path, config: ModelCo
     stamp = (folder / "adapters/one/adapter_model.safetensors").stat().st_mtime_ns + 10**9
     os.utime(folder / "adapters/one/adapter_model.safetensors", ns=(stamp, stamp))
     assert answer(backend, "one") == answer(backend, "two") != old
+
+
+def test_a_package_is_served_with_its_own_numbers_and_adapters(
+    tmp_path: Path, config: ModelConfig, params: Params, tokenizer: Tokenizer
+) -> None:
+    """Guards palettized serving: scores of the dequantised weights, adapters on top, damage refused by file name."""
+    bits = {name: 4 if index % 2 else 2 for index, name in enumerate(operation_names(config.num_layers))}
+    quantized = quantize_params(params, palettize_operations(params, bits))
+    package = tmp_path / "package"
+    write_package(package, params=quantized, config=config, bits=bits, tokenizer=tokenizer)
+    write_adapter(package, "one", config, seed=0)
+    backend = AdapterBackend(package)
+    dense = dequantize_params(quantized)
+    tokens = np.concatenate([PROMPT, np.arange(60, 70, dtype=np.int32)])
+    rows = np.arange(len(tokens) - 1)
+    for name, weights in (("base", dense), ("one", merged(dense, config, seed=0))):
+        expected = reference_logp(weights, tokens, config)[rows, tokens[1:]]
+        np.testing.assert_allclose(backend.score(name, tokens, top=3).logp_T[1:], expected, atol=2e-3)
+    weights_file = package / "palettized.safetensors"
+    damaged = bytearray(weights_file.read_bytes())
+    damaged[-1] ^= 1
+    weights_file.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"palettized\.safetensors is damaged"):
+        AdapterBackend(package)
 
 
 def test_what_cannot_be_loaded_says_so(folder: Path, config: ModelConfig, tmp_path: Path) -> None:

@@ -31,6 +31,9 @@ from actors.server import ChatServer
 from actors.server_app import build_app
 from actors.server_backend import AdapterBackend
 from afm_rl.errors import UserError
+from quant.package import is_package
+from topologies.run_folder import RunFolder
+from topologies.stage_options import QuantizeStage
 
 APP_NAME = "afm-rl"
 #: Seconds a replica may take to load the model, and the server to answer its first request.
@@ -122,21 +125,21 @@ def serve_run(
 
 
 def served_folder(run_path: str | os.PathLike[str]) -> Path:
-    """What a run has to offer: its first palettized package, else its newest policy. Raises UserError for neither."""
-    run = Path(run_path)
-    if not run.is_dir():
-        raise UserError(f"there is no run folder {run}: give the folder of a launched topology, e.g. runs/local")
-    packages = sorted(run.glob("packages/*/manifest.json"))
-    if packages:
-        return packages[0].parent
+    """What a run offers: the package of its first target, else its newest policy. Raises UserError for neither."""
+    run = RunFolder.open(Path(run_path))
+    for stage in run.topology.stages:
+        if isinstance(stage, QuantizeStage):
+            package = run.packages / f"{stage.bits_per_weight[0]:g}bpw"
+            if is_package(package):
+                return package
     # A policy has its tokenizer beside it; a reward model has none.
-    policies = sorted(run.glob("policies/*/*/tokenizer.model"), key=lambda path: (path.stat().st_mtime_ns, str(path)))
+    policies = list(run.policies.glob("*/*/tokenizer.model"))
     if not policies:
         raise UserError(
-            f"{run} has neither packages/ nor policies/: nothing to serve yet; let `afm-rl launch` get as far as "
-            "the sft or quantize stage"
+            f"{run.path} has no package and no policy: nothing to serve yet; let `afm-rl launch` get as far as the sft "
+            "or quantize stage"
         )
-    return policies[-1].parent
+    return max(policies, key=lambda path: (path.stat().st_mtime_ns, str(path))).parent
 
 
 def _ensure_ray() -> bool:

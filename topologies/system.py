@@ -25,6 +25,8 @@ from topologies.schema import Topology
 
 #: Bytes of the local object store: weights of small models pass through it, not data sets.
 OBJECT_STORE_BYTES = 512 * 2**20
+#: Rows that share a lookup table (5.2), where no stage says otherwise.
+PAPER_GROUP_SIZE = 16
 #: Seconds a cluster may take to place an actor before the launch fails.
 PLACEMENT_DEADLINE_S = 120.0
 
@@ -96,7 +98,7 @@ def declare(topology: Topology) -> dict[str, list[ActorDeclaration]]:
             actors.annotator,
             {"kind": actors.annotator.kind, "seed": topology.seed, "flip_rate": actors.annotator.flip_rate},
         ),
-        "quantizer": (Quantizer, actors.quantizer.replicas, actors.quantizer, {}),
+        "quantizer": (Quantizer, actors.quantizer.replicas, actors.quantizer, {"group_size": _group_size(topology)}),
     }
     single = {"weights", "learner", "annotator"}
     return {
@@ -112,6 +114,10 @@ def declare(topology: Topology) -> dict[str, list[ActorDeclaration]]:
         ]
         for role, (cls, count, section, kwargs) in options.items()
     }
+
+
+def _group_size(topology: Topology) -> int:
+    return topology.stage("quantize").group_size if "quantize" in topology.stage_names else PAPER_GROUP_SIZE
 
 
 @contextmanager

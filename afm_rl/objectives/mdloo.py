@@ -36,7 +36,7 @@ def shaped_reward(reward: Any, logp: Any, ref_logp: Any, *, beta: float) -> Any:
     return reward - beta * (logp - ref_logp)
 
 
-def comparable(reward_PG: Any, valid_PG: Any = None) -> Any:
+def usable_responses(reward_PG: Any, valid_PG: Any = None) -> Any:
     """Which responses have a leave-one-out advantage: finite, valid, and not the only such one of their prompt.
 
     bool [P, G], NumPy or JAX as `reward_PG`. Give the others no mask in `mdloo_loss`: they are not part of N either.
@@ -54,13 +54,13 @@ def leave_one_out(reward_PG: Any, valid_PG: Any = None) -> Any:
     Args:
       reward_PG: rewards, NumPy or JAX (the kind of array and the floating dtype are kept).
       valid_PG: False where a reward could not be computed. One that is not finite is invalid anyway.
-    Returns: advantages [P, G], zero where `comparable` is False (invalid rewards, fewer than two valid in the prompt).
+    Returns: advantages [P, G], zero where `usable_responses` is False (invalid, or fewer than two valid in the prompt).
     """
     xp: Any = jnp if isinstance(reward_PG, jax.Array) else np
     reward_PG = xp.asarray(reward_PG)
     if reward_PG.ndim != 2 or not xp.issubdtype(reward_PG.dtype, xp.floating):
         raise ValueError(f"reward_PG must be floats [prompts, responses], got {reward_PG.dtype} {reward_PG.shape}")
-    valid_PG = comparable(reward_PG, valid_PG)
+    valid_PG = usable_responses(reward_PG, valid_PG)
     # Measured from the smallest reward: a constant group gives exactly zero, and a large offset costs no digits.
     lowest_P1 = xp.where(valid_PG, reward_PG, xp.inf).min(axis=1, keepdims=True)
     above_PG = xp.where(valid_PG, reward_PG - xp.where(valid_PG.any(axis=1, keepdims=True), lowest_P1, 0), 0)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from afm_rl.objectives.mdloo import comparable, leave_one_out, shaped_reward
+from afm_rl.objectives.mdloo import leave_one_out, shaped_reward, usable_responses
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -46,7 +46,7 @@ def test_invalid_responses_are_left_out() -> None:
     usable = [[True, True, True, False], [True, True, False, False], [False] * 4, [False] * 4]
     for kind in (np.asarray, jnp.asarray):
         np.testing.assert_allclose(leave_one_out(kind(reward), valid), expected, rtol=1e-6)
-        np.testing.assert_array_equal(comparable(kind(reward), valid), usable)
+        np.testing.assert_array_equal(usable_responses(kind(reward), valid), usable)
 
 
 def test_equal_rewards_give_exactly_zero() -> None:

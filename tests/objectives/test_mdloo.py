@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -88,17 +89,17 @@ def length_average(
     return ours(logp, behavior, advantage, mask, gamma) * (mask.sum(1).mean() / mask.sum(1))[:, None]
 
 
+@partial(jax.jit, static_argnames="slope")
+def expected_slope(slope: Slope, theta: jax.Array, k: jax.Array, gamma: float) -> jax.Array:
+    logp, pull_back = jax.vjp(token_logps, theta)
+    per_sequence = slope(logp, token_logps(jnp.asarray(THETA_K)), REWARD - k @ REWARD, MASK, gamma)
+    return pull_back(k[:, None] * per_sequence)[0]
+
+
 def expected_gradient(slope: Slope, theta: np.ndarray, gamma: float) -> np.ndarray:
     """The estimator's expectation over y ~ pi_k, with the exact advantage: every sequence, weighted by pi_k."""
-    k = probabilities(THETA_K)
-
-    def gradient(theta: jax.Array, gamma: jax.Array) -> jax.Array:
-        logp, pull_back = jax.vjp(token_logps, theta)
-        per_sequence = slope(logp, token_logps(jnp.asarray(THETA_K)), REWARD - k @ REWARD, MASK, gamma)
-        return -pull_back(k[:, None] * per_sequence)[0]
-
     with jax.enable_x64(True):
-        return np.asarray(jax.jit(gradient)(theta, gamma))
+        return -np.asarray(expected_slope(slope, theta, probabilities(THETA_K), gamma))
 
 
 def relative_error(got: np.ndarray, expected: np.ndarray) -> float:

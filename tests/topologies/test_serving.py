@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
@@ -10,21 +9,34 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import openai
 import pytest
 import ray
 from ray import serve
-from safetensors.numpy import save_file
 
 from afm_rl.config import ModelConfig
 from afm_rl.errors import UserError
-from afm_rl.huggingface import save_pretrained
+from afm_rl.lora import init_lora
 from afm_rl.model import init_params
 from pretrain.tokenizer_training import MIN_VOCAB_SIZE, train_tokenizer
+from quant.adapter import write_adapter
+from quant.operations import operation_names
+from quant.package import write_package
+from quant.recovery import palettize_operations, quantize_params
 from topologies.serving import Serving, ServingError, serve_run, served_folder
 
 HELLO = [{"role": "user", "content": "hello"}]
+
+
+TOPOLOGY = """
+name: serving
+stages:
+  - tokenizer
+  - pretrain
+  - sft
+  - quantize: {bits_per_weight: [3.7, 3.5]}
+"""
 
 
 def touch(path: Path, *, at: int = 1) -> Path:
@@ -34,27 +46,36 @@ def touch(path: Path, *, at: int = 1) -> Path:
     return path
 
 
-def test_a_package_is_served_before_a_policy_and_the_newest_policy_without_one(tmp_path: Path) -> None:
-    """Guards the choice; a reward model, which has no tokenizer, is not a policy."""
-    touch(tmp_path / "policies/sft/0/tokenizer.model", at=30)
-    touch(tmp_path / "policies/mdloo/0/tokenizer.model", at=40)
-    touch(tmp_path / "policies/reward/0/config.json", at=50)
-    assert served_folder(tmp_path) == tmp_path / "policies/mdloo/0"
-    touch(tmp_path / "packages/main/manifest.json")
-    assert served_folder(tmp_path) == tmp_path / "packages/main"
+def make_run(path: Path) -> Path:
+    path.mkdir(exist_ok=True)
+    (path / "topology.yaml").write_text(TOPOLOGY)
+    return path
+
+
+def test_the_first_package_is_served_before_any_policy_and_else_the_newest_policy(tmp_path: Path) -> None:
+    """Guards the choice: the first target's package, which has the adapters; a reward model is not a policy."""
+    run = make_run(tmp_path)
+    touch(run / "policies/sft/0/tokenizer.model", at=30)
+    touch(run / "policies/mdloo/0/tokenizer.model", at=40)
+    touch(run / "policies/reward/0/config.json", at=50)
+    assert served_folder(run) == run / "policies/mdloo/0"
+    touch(run / "packages/3.5bpw/manifest.json")
+    touch(run / "packages/3.7bpw/manifest.json")
+    assert served_folder(run) == run / "packages/3.7bpw"
 
 
 def test_nothing_to_serve_says_what_to_do(tmp_path: Path) -> None:
     """Guards the user's errors before any Ray is started: no run, an unfinished run, a port that is taken."""
-    with pytest.raises(UserError, match="no run folder"):
+    with pytest.raises(UserError, match="no run at"):
         serve_run(tmp_path / "nowhere")
+    run = make_run(tmp_path)
     with pytest.raises(UserError, match="nothing to serve yet"):
-        serve_run(tmp_path)
-    touch(tmp_path / "policies/sft/0/tokenizer.model")
+        serve_run(run)
+    touch(run / "policies/sft/0/tokenizer.model")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1 port {port}"):
-            serve_run(tmp_path, port=port)
+            serve_run(run, port=port)
     assert not ray.is_initialized()
 
 
@@ -69,29 +90,19 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with one policy, a random model, and an adapter "summary"."""
-    run = tmp_path_factory.mktemp("run")
+    """A run with a palettized random model and an adapter "summary", large enough to change every answer."""
+    run = make_run(tmp_path_factory.mktemp("runs") / "serving")
     texts = ["hello there, hello again"] * 20
     tokenizer = train_tokenizer(texts, vocab_size=MIN_VOCAB_SIZE + 3, folder=run / "tokenizer")
     config = ModelConfig(tokenizer.vocab_size, 16, 32, 2, 4, 2, 8, max_positions=128)
-    folder = run / "policies/sft/0"
-    save_pretrained(init_params(config, jax.random.key(0)), folder, config=config, tokenizer=tokenizer)
-    write_adapter(folder / "adapters/summary", config)
+    params = init_params(config, jax.random.key(0))
+    bits = {name: 4 if index % 2 else 2 for index, name in enumerate(operation_names(config.num_layers))}
+    quantized = quantize_params(params, palettize_operations(params, bits))
+    package = run / "packages/3.7bpw"
+    write_package(package, params=quantized, config=config, bits=bits, tokenizer=tokenizer)
+    lora = jax.tree.map(jnp.ones_like, init_lora(config, 2, jax.random.key(1)))
+    write_adapter(package / "adapters/summary", lora, rank=2, alpha=2.0)
     return run
-
-
-def write_adapter(folder: Path, config: ModelConfig) -> None:
-    """An adapter in PEFT's layout on the `up` projection alone, large enough to change every answer."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    tensors = {}
-    for layer in range(config.num_layers):
-        prefix = f"base_model.model.model.layers.{layer}.mlp.up_proj"
-        tensors[f"{prefix}.lora_A.weight"] = rng.normal(size=(2, config.dim)).astype(np.float32)
-        tensors[f"{prefix}.lora_B.weight"] = rng.normal(size=(config.ffn_dim, 2)).astype(np.float32)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    peft = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["up_proj"], "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(peft))
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from actors.host import call
 from afm_rl.data.preference_store import PreferenceStore
-from afm_rl.types import Demonstration, Pair, Preference, Prompt
+from afm_rl.types import Demonstration, Preference, Prompt
 from topologies.report_data import Curve, Figure, StageResult, Table
 from topologies.stage_options import ItecStage
 from topologies.stages.committee import (
@@ -117,7 +118,7 @@ def _collect(ctx: Context, options: ItecStage, number: int, committee: Sequence[
     return Round(
         number=number,
         reward_model=reward_model,
-        preferences=split(_preferences(ctx, number))[0],
+        preferences=split(_preferences(ctx, number) or ctx.data.preferences)[0],
         best=[Demonstration(prompt, text) for prompt, text in zip(prompts, best, strict=True)],
     )
 
@@ -132,13 +133,11 @@ def _round_prompts(ctx: Context, options: ItecStage, number: int) -> list[Prompt
 def _annotate(
     ctx: Context, options: ItecStage, number: int, prompts: Sequence[Prompt], answers: Sequence[Answers]
 ) -> None:
-    from actors.host import call
-
     def work() -> int:
-        pairs: list[Pair] = distinct_pairs(
-            prompts, answers, per_prompt=options.pairs_per_prompt, seed=(ctx.seed, number)
-        )
-        preferences = [p for p in call(ctx.system.annotator, "annotate", pairs) if p is not None]
+        pairs = distinct_pairs(prompts, answers, per_prompt=options.pairs_per_prompt, seed=(ctx.seed, number))
+        # Without ground truth the simulated annotator has nothing to judge by.
+        pairs = [pair for pair in pairs if pair.prompt.checks]
+        preferences = call(ctx.system.annotator, "annotate", pairs)
         PreferenceStore(ctx.run.preferences).add(f"itec-{number}", preferences)
         ctx.metrics.log(
             stage=STAGE, task="annotator", step=number, values={"pairs": len(pairs), "preferences": len(preferences)}

@@ -34,9 +34,15 @@ class Measured:
     sampled_answers: list[str]
 
 
-def measure(ctx: Context, policy: Policy, *, max_tokens: int, limit: int | None = None) -> Measured:
-    """Greedy and sampled (T = 1) answers of a policy to the held-out prompts, journalled under the policy's name."""
-    prompts = ctx.data.eval_prompts[:limit]
+def measure(
+    ctx: Context, policy: Policy, *, max_tokens: int, limit: int | None = None, prompts: Sequence[Prompt] | None = None
+) -> Measured:
+    """Greedy and sampled (T = 1) answers of a policy to held-out prompts, journalled under the policy's name.
+
+    `prompts` None: the first `limit` of the held-out prompts; a feature brings its own.
+    """
+    key = f"measure/{policy.name}/{max_tokens}/{limit}{'' if prompts is None else '/feature'}"
+    prompts = ctx.data.eval_prompts[:limit] if prompts is None else prompts
 
     def work() -> dict[str, Any]:
         answers = {}
@@ -53,7 +59,7 @@ def measure(ctx: Context, policy: Policy, *, max_tokens: int, limit: int | None 
             "sampled_answers": answers["sampled"],
         }
 
-    return Measured(**ctx.once(f"measure/{policy.name}/{max_tokens}/{limit}", work))
+    return Measured(**ctx.once(key, work))
 
 
 def share_right(prompts: Sequence[Prompt], answers: Sequence[str]) -> float | None:
@@ -79,6 +85,7 @@ def win_rate(ctx: Context, measured: Measured, baseline: Measured, *, limit: int
     pairs = [
         Pair(prompt, ours, theirs, measured.policy, baseline.policy)
         for prompt, ours, theirs in zip(prompts, measured.sampled_answers, baseline.sampled_answers, strict=True)
+        if prompt.checks
     ]
     outcomes = call(ctx.system.annotator, "compare", pairs)
     return {name: sum(o == name for o in outcomes) / max(1, len(outcomes)) for name in ("win", "tie", "loss")}

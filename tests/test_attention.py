@@ -1,0 +1,86 @@
+"""Attention against plain float64 loops: causality, grouped heads, packed documents, and the decoding step."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from afm_rl.attention import causal_attention, decode_attention
+
+B, T, K, M, H = 2, 7, 2, 3, 4
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 0, 0], [1, 2, 2, 2, 3, 3, 3]])
+attend = jax.jit(causal_attention)
+
+
+def qkv(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return tuple(rng.normal(size=(B, T, heads, H)).astype(np.float32) for heads in (K * M, K, K))
+
+
+def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, segments: np.ndarray | None = None) -> np.ndarray:
+    """One query at a time in float64: query head n reads kv head n // M."""
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    out = np.zeros_like(q)
+    for b, t, n in np.ndindex(*q.shape[:3]):
+        seen = [s for s in range(t + 1) if segments is None or segments[b, s] == segments[b, t]]
+        scores = np.array([q[b, t, n] @ k[b, s, n // M] for s in seen]) / np.sqrt(H)
+        weights = np.exp(scores - scores.max())
+        out[b, t, n] = (weights / weights.sum()) @ v[b, seen, n // M]
+    return out
+
+
+def test_causal_attention_matches_the_reference() -> None:
+    """Guards the scale, the causal mask, and which kv head a query head reads (not n % K)."""
+    q, k, v = qkv()
+    np.testing.assert_allclose(attend(q, k, v), reference(q, k, v), atol=2e-6)
+
+
+def test_segments_match_the_reference() -> None:
+    """Guards the mask of packed documents, which also keeps padding apart."""
+    q, k, v = qkv()
+    out = attend(q, k, v, segments_BT=SEGMENTS)
+    np.testing.assert_allclose(out, reference(q, k, v, SEGMENTS), atol=2e-6)
+
+
+def test_packed_documents_do_not_see_each_other() -> None:
+    """Guards isolation bit for bit: other keys and values in one document change nothing in another."""
+    q, k, v = qkv()
+    other = SEGMENTS != 2
+    k2, v2 = (np.where(other[:, :, None, None], 1e4, x).astype(np.float32) for x in (k, v))
+    before, after = (np.asarray(attend(q, *kv, segments_BT=SEGMENTS)) for kv in ((k, v), (k2, v2)))
+    np.testing.assert_array_equal(before[~other], after[~other])
+    assert np.abs(np.asarray(attend(q, k2, v2)) - before)[~other].max() > 1
+
+
+def test_the_softmax_is_float32_and_the_output_keeps_its_type() -> None:
+    """Guards bfloat16 compute: many equal scores must still sum to one (bfloat16 sums stop growing at 256)."""
+    zeros, ones = jnp.zeros((1, 600, 1, 2), jnp.bfloat16), jnp.ones((1, 600, 1, 2), jnp.bfloat16)
+    out = attend(zeros, zeros, ones)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(out[0, -1], np.float32), 1.0, rtol=0.01)
+
+
+def test_a_decoding_step_is_the_last_row_of_causal_attention() -> None:
+    """Guards the split cache: G responses share a prompt's keys; padding and slots not yet written are not read."""
+    P, G, S, R, step = 2, 3, 4, 5, 2
+    lengths = np.array([4, 2])
+    rng = np.random.default_rng(1)
+    prompt_k, prompt_v = rng.normal(size=(2, P, S, K, H)).astype(np.float32)
+    response_k, response_v = rng.normal(size=(2, P, G, R, K, H)).astype(np.float32)
+    q = rng.normal(size=(P, G, K * M, H)).astype(np.float32)
+    visible = np.arange(S) < lengths[:, None]
+    for array in (prompt_k, prompt_v):
+        array[~visible] = 1e6
+    for array in (response_k, response_v):
+        array[:, :, step + 1 :] = -1e6
+    out = jax.jit(decode_attention)(
+        q, prompt_k, prompt_v, response_k, response_v, prompt_visible_PS=visible, step=jnp.int32(step)
+    )
+    for p, g in np.ndindex(P, G):
+        keys, values = (
+            np.concatenate([prompt[p, : lengths[p]], response[p, g, : step + 1]])[None]
+            for prompt, response in ((prompt_k, response_k), (prompt_v, response_v))
+        )
+        queries = np.repeat(q[p, g][None, None], keys.shape[1], axis=1)
+        np.testing.assert_allclose(out[p, g], reference(queries, keys, values)[0, -1], atol=2e-6)

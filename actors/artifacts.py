@@ -1,7 +1,7 @@
 """What a folder of a run holds, whichever kind it is: a policy, a reward model, an adapter or a palettized package.
 
-Policies are Hugging Face folders; a reward model is one with `heads.safetensors` beside it; an adapter is in PEFT's layout; a
-package has a manifest. Each is written under a temporary name and renamed, so that a folder that exists is whole.
+Policies are Hugging Face folders; a reward model is one with `heads.safetensors` beside it; an adapter is in PEFT's
+layout; a package has a manifest. Each is written under a temporary name and renamed, so that a folder that exists is whole.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class AdapterShape(Protocol):
 
 @dataclass(frozen=True)
 class Artifact:
-    """Parameters as NumPy arrays (a reward model: {"trunk", "heads"}), the model's shape; for an adapter its rank and alpha."""
+    """Parameters as NumPy arrays (a reward model: {"trunk", "heads"}), the model's shape, an adapter's rank and alpha."""
 
     params: Any
     config: ModelConfig | None

@@ -61,7 +61,9 @@ class Host:
 class Pending(Protocol):
     """A call under way."""
 
-    what: str
+    @property
+    def what(self) -> str:
+        """ACTOR.METHOD, for messages."""
 
     def result(self, timeout_s: float) -> Any:
         """Its value, or its exception, or TimeoutError."""

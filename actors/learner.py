@@ -91,18 +91,20 @@ class Learner:
 
     def begin(self, job: TrainingJob) -> int:
         """Set the job up, from its newest checkpoint where one exists; returns the step (or iteration) to go on from."""
+        if job == self._job and int(self._require_state().step) == 0:
+            return self._restore()  # begun already, for its reference's log-probabilities
         loaded = load_artifact(job.init) if job.init else None
         config = job.config or (loaded.config if loaded else None)
         if config is None:
             raise ValueError(f"training job {job.task!r} has neither a policy to start from nor a model configuration")
-        if loaded and config.replace(rope_base=0.0) != loaded.config.replace(rope_base=0.0):
+        if loaded and loaded.config and config.replace(rope_base=0.0) != loaded.config.replace(rope_base=0.0):
             raise ValueError(f"training job {job.task!r}: {job.init} has another shape than the job's configuration")
         frozen = {role: load_artifact(folder) for role, folder in job.frozen.items()}
         self._frozen = {role: jax.tree.map(jnp.asarray, artifact.params) for role, artifact in frozen.items()}
         options: dict[str, Any] = {"compute_dtype": self._dtype, **job.options}
         if "teacher" in frozen:
             options["teacher_config"] = frozen["teacher"].config
-        params = loaded.params if loaded else init_params(config, jax.random.key(job.seed))
+        params = loaded.params if loaded else _init_params(config, jax.random.key(job.seed))
         trained = self._trained(job, params, config)
         optimizer = job.optimizer.build(width=config.dim)
         self._loss = build(job.objective, config, options, view=self._view)
@@ -187,7 +189,7 @@ class Learner:
         batch |= {
             "behavior_logp_BT": behavior_logp_BT * counted_B[:, None],
             "advantage_B": advantage_PG.reshape(-1).astype(np.float32),
-            "num_sequences": np.float32(counted_B.sum()),
+            "num_sequences": np.asarray(counted_B.sum(), np.float32),
         }
         for _ in range(settings.inner_steps):
             self._state, device_metrics = self._step(self._require_state(), self._frozen, batch)
@@ -208,7 +210,10 @@ class Learner:
         """Commit a checkpoint of the job at `step` (for MDLOO: iterations done)."""
         job = self._require_job()
         checkpoint.save(
-            Path(job.checkpoint_folder), step=step, tree=self._require_state(), metadata={"task": job.task, "step": step}
+            Path(job.checkpoint_folder),
+            step=step,
+            tree=self._require_state(),
+            metadata={"task": job.task, "step": step},
         )
 
     def publish(self, policy: str, version: int) -> Weights:
@@ -243,6 +248,9 @@ class Learner:
         if self._state is None:
             raise RuntimeError("the learner has no state: call begin() first")
         return self._state
+
+
+_init_params = jax.jit(init_params, static_argnums=0)
 
 
 def _log_probs(
@@ -280,5 +288,3 @@ def _start_adapter(spec: AdapterSpec, config: ModelConfig, key: jax.Array) -> An
     if found.adapter is None or found.adapter.rank != spec.rank:
         raise ValueError(f"{spec.init}: not an adapter of rank {spec.rank}")
     return found.params
-
-

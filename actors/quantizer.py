@@ -36,9 +36,7 @@ class Quantizer:
         for request in requests:
             try:
                 done.append(
-                    palettize(
-                        request.weight, bits=request.bits, group_size=self._group_size, importance=request.importance
-                    )
+                    palettize(request.weight, bits=request.bits, group_size=self._group_size, importance=request.importance)
                 )
             except ValueError as error:
                 raise ValueError(f"operation {request.operation}: {error}") from error

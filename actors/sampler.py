@@ -7,8 +7,7 @@ committee (4.3.2) holds every member and answers for each.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from afm_rl.config import ModelConfig
@@ -32,16 +31,10 @@ class _Holding:
 
 
 class Committee:
-    """Serves several policies side by side. `metrics` receives gauges after every batch of requests."""
+    """Serves several policies side by side."""
 
-    def __init__(
-        self,
-        *,
-        max_batch: int,
-        compute_dtype: str = "float32",
-        metrics: Callable[[Mapping[str, float]], None] | None = None,
-    ) -> None:
-        self._max_batch, self._dtype, self._metrics = max_batch, compute_dtype, metrics
+    def __init__(self, *, max_batch: int, compute_dtype: str = "float32") -> None:
+        self._max_batch, self._dtype = max_batch, compute_dtype
         self._members: dict[str, _Holding] = {}
 
     def load(self, weights: Weights, spec: PolicySpec) -> str:
@@ -49,9 +42,7 @@ class Committee:
         params = unflatten(weights)
         held = self._members.get(weights.policy)
         if held is None or held.spec != spec:
-            generator = Generator(
-                spec.config, stop_ids=spec.stop_ids, max_batch=self._max_batch, compute_dtype=self._dtype
-            )
+            generator = Generator(spec.config, stop_ids=spec.stop_ids, max_batch=self._max_batch, compute_dtype=self._dtype)
             held = self._members[weights.policy] = _Holding(spec, generator)
         held.generator.load(params, policy=weights.policy, version=weights.version)
         return digest_of(weights.buffers, weights.layout)
@@ -72,14 +63,7 @@ class Committee:
                 f"asked for policy {member!r}, but no weights of it were delivered here; held: "
                 f"{', '.join(self.members()) or 'none'}"
             )
-        generator = self._members[member].generator
-        before, start = generator.stats.response_tokens, time.perf_counter()
-        groups = generator.generate(requests)
-        if self._metrics is not None:
-            seconds = time.perf_counter() - start
-            tokens = generator.stats.response_tokens - before
-            self._metrics({"tokens_per_s": tokens / seconds, "policy_version": float(generator.version)})
-        return groups
+        return self._members[member].generator.generate(requests)
 
 
 class Sampler(Committee):

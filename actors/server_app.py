@@ -59,9 +59,7 @@ def build_app(server: ChatServer) -> FastAPI:
     return app
 
 
-async def _respond(
-    call: Any, answer: Callable[[Any], dict[str, Any] | Generator[dict[str, Any], None, None]]
-) -> Response:
+async def _respond(call: Any, answer: Callable[[Any], dict[str, Any] | Generator[dict[str, Any], None, None]]) -> Response:
     result = await run_in_threadpool(answer, call)
     return JSONResponse(result) if isinstance(result, dict) else _EventStream(result)
 
@@ -113,9 +111,7 @@ def _event(data: dict[str, Any]) -> str:
 def _failure(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
-    return ApiError(
-        f"the server failed ({type(error).__name__}); its log has the reason", status=500, code="internal_error"
-    )
+    return ApiError(f"the server failed ({type(error).__name__}); its log has the reason", status=500, code="internal_error")
 
 
 async def _on_api_error(_request: Request, error: Exception) -> Response:

@@ -163,9 +163,7 @@ def _refusal(name: str, supported: frozenset[str]) -> ApiError:
     if name in _NEUTRAL or name in _COMPLETION | _CHAT:
         neutral = _NEUTRAL.get(name, ())
         instead = f", or send {neutral[0]!r}" if neutral else ""
-        return ApiError(
-            f"{name} is not supported here; leave it out{instead}", param=name, code="unsupported_parameter"
-        )
+        return ApiError(f"{name} is not supported here; leave it out{instead}", param=name, code="unsupported_parameter")
     near = difflib.get_close_matches(name, supported, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return ApiError(f"unknown parameter {name!r}{hint}", param=name, code="unknown_parameter")
@@ -219,9 +217,7 @@ def _prompt(item: Any) -> PromptInput:
         return _clean(item, "prompt")
     if isinstance(item, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in item):
         return tuple(item)
-    raise ApiError(
-        "prompt must be a string, a list of token ids, or a list of strings or of token-id lists", param="prompt"
-    )
+    raise ApiError("prompt must be a string, a list of token ids, or a list of strings or of token-id lists", param="prompt")
 
 
 def _messages(fields: Mapping[str, Any]) -> tuple[Message, ...]:

@@ -31,7 +31,9 @@ class WeightStore:
         """Own these weights; returns their digest. An older version than the one held is refused."""
         held = self._published.get(weights.policy)
         if held is not None and held.version > weights.version:
-            raise ValueError(f"policy {weights.policy!r}: version {weights.version} is older than the published {held.version}")
+            raise ValueError(
+                f"policy {weights.policy!r}: version {weights.version} is older than the published {held.version}"
+            )
         self._published[weights.policy] = weights
         return weights.digest
 

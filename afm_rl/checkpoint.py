@@ -167,9 +167,7 @@ def _through_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
 def _to_stored(name: str, leaf: Any) -> tuple[dict[str, Any], Any]:
     """(what metadata.json says of a leaf, its array or None)."""
     if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return {"kind": "key", "dtype": str(leaf.dtype), "impl": str(jax.random.key_impl(leaf))}, jax.random.key_data(
-            leaf
-        )
+        return {"kind": "key", "dtype": str(leaf.dtype), "impl": str(jax.random.key_impl(leaf))}, jax.random.key_data(leaf)
     if isinstance(leaf, jax.Array | np.ndarray | np.generic):
         return {"kind": "array"}, leaf
     if isinstance(leaf, bool | int | float | str):

@@ -135,9 +135,7 @@ class Generator:
                 f"{self.config.max_positions} positions"
             )
         if request.num_responses > self.max_batch:
-            raise ValueError(
-                f"request {request.id!r}: {request.num_responses} responses exceed max_batch {self.max_batch}"
-            )
+            raise ValueError(f"request {request.id!r}: {request.num_responses} responses exceed max_batch {self.max_batch}")
 
     def _batches(self, requests: Sequence[GenerationRequest]) -> Iterator[list[int]]:
         """Indices that run together: same shape class, at most max_batch responses, in order of arrival."""
@@ -229,15 +227,11 @@ def _prefill(
 ) -> _State:
     """The prompts' keys and values, and the logits of every response's first token."""
     P = prompts_PS.shape[0]
-    hidden, (k_LPSKH, v_LPSKH) = forward(
-        params, prompts_PS, config=config, compute_dtype=dtype, keep_cache=True
-    )
+    hidden, (k_LPSKH, v_LPSKH) = forward(params, prompts_PS, config=config, compute_dtype=dtype, keep_cache=True)
     last_PD = jnp.take_along_axis(hidden, (batch.prompt_length_P - 1)[:, None, None], axis=1)[:, 0]
     first_PV = logits(params, last_PD, config)
     empty = jnp.zeros((P, responses, response_bucket, config.num_kv_heads, config.head_dim), dtype)
-    cache = KVCache(
-        tuple(k_LPSKH), tuple(v_LPSKH), (empty,) * config.num_layers, (empty,) * config.num_layers
-    )
+    cache = KVCache(tuple(k_LPSKH), tuple(v_LPSKH), (empty,) * config.num_layers, (empty,) * config.num_layers)
     return _State(
         step=jnp.int32(0),
         tokens_PGT=jnp.zeros((P, responses, response_bucket), jnp.int32),

@@ -236,9 +236,7 @@ def decode_step(
             )
             return mixed, (all_k, all_v)
 
-        x, (response_k[index], response_v[index]) = block(
-            x, layer, config=config, positions=positions_PG, attend=attend
-        )
+        x, (response_k[index], response_v[index]) = block(x, layer, config=config, positions=positions_PG, attend=attend)
     hidden = rms_norm(x, params["final_norm"], config.norm_eps)
     cache = cache._replace(response_k=tuple(response_k), response_v=tuple(response_v))
     return logits(params, hidden, config), cache

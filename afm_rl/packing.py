@@ -23,7 +23,7 @@ OPEN_ROWS = 16
 class Example:
     """One document: its tokens, and from which index on they are targets (0: all but the first)."""
 
-    tokens: Sequence[int]
+    tokens: Sequence[int] | np.ndarray
     first_target: int = 0
 
 
@@ -110,7 +110,7 @@ def pad(examples: Sequence[Example], *, pad_id: int, multiple: int = 32, length:
 
 
 def epoch_rows(step: int, *, batch: int, rows: int, seed: int) -> np.ndarray:
-    """Row indices of batch number `step` of endless shuffled epochs: a pure function, so a resume needs no iterator state."""
+    """Row indices of batch `step` of endless shuffled epochs: a pure function, so that a resume needs no iterator state."""
     if rows < 1:
         raise ValueError("no examples to draw batches from")
     first = step * batch

@@ -1,8 +1,8 @@
 """From a batch to a scalar: the model's forward pass joined to each objective of `afm_rl/objectives/`.
 
 Every builder returns a `training.LossFn`: loss(params, frozen, batch, key). What is trained need not be the whole model:
-`view` turns (trained parameters, frozen trees, batch) into the parameters the model runs with: the identity for full training,
-`adapter_view` for LoRA over a frozen base; pruning brings its own (`pretrain/pruning.py`).
+`view` turns (trained parameters, frozen trees, batch) into the parameters the model runs with: the identity for full
+training, `adapter_view` for LoRA over a frozen base; pruning brings its own (`pretrain/pruning.py`).
 
 Shapes: B batch, T time, V vocab. Preference batches hold the chosen rows first, then the rejected ones.
 """
@@ -39,7 +39,7 @@ def full_view(params: Any, frozen: Any, batch: Batch) -> Params:  # noqa: ARG001
 
 def adapter_view(*, alpha: float, rank: int) -> View:
     """LoRA parameters are trained over frozen["base"]."""
-    return lambda params, frozen, batch: attach(frozen["base"], params, alpha=alpha, rank=rank)
+    return lambda params, frozen, _: attach(frozen["base"], params, alpha=alpha, rank=rank)
 
 
 def sequence_logits(
@@ -66,13 +66,23 @@ def sequence_logits(
 
 
 def supervised(
-    config: ModelConfig, *, view: View = full_view, compute_dtype: str = "float32", dropout: float = 0.0, z_loss: float = 0.0
+    config: ModelConfig,
+    *,
+    view: View = full_view,
+    compute_dtype: str = "float32",
+    dropout: float = 0.0,
+    z_loss: float = 0.0,
 ) -> LossFn:
     """Token-mean cross-entropy with z-loss: pre-training, SFT, rejection sampling, distillation on text, adapters."""
 
     def loss(params: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits_BTV = sequence_logits(
-            view(params, frozen, batch), batch, config=config, compute_dtype=compute_dtype, dropout_rate=dropout, key=key
+            view(params, frozen, batch),
+            batch,
+            config=config,
+            compute_dtype=compute_dtype,
+            dropout_rate=dropout,
+            key=key,
         )
         return cross_entropy(logits_BTV, batch["tokens_BT"], batch["mask_BT"], z_loss=z_loss)
 
@@ -95,16 +105,12 @@ def distillation(
             sequence_logits(frozen["teacher"], batch, config=teacher_config, compute_dtype=compute_dtype)
         )
         logits_BTV = sequence_logits(view(params, frozen, batch), batch, config=config, compute_dtype=compute_dtype)
-        return top1_distillation(
-            logits_BTV, batch["tokens_BT"], taught_BT, batch["mask_BT"], true_weight=true_weight
-        )
+        return top1_distillation(logits_BTV, batch["tokens_BT"], taught_BT, batch["mask_BT"], true_weight=true_weight)
 
     return loss
 
 
-def reward(
-    config: ModelConfig, *, grading_weight: float, compute_dtype: str = "float32", dropout: float = 0.0
-) -> LossFn:
+def reward(config: ModelConfig, *, grading_weight: float, compute_dtype: str = "float32", dropout: float = 0.0) -> LossFn:
     """Soft-label ranking plus lambda x the four gradings (E.1). Batch: tokens_BT, length_B, level_B, grades [B, 4]."""
 
     def loss(params: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -170,9 +176,7 @@ def preference(
     return loss
 
 
-def mdloo(
-    config: ModelConfig, *, gamma: float, temperature: float = 1.0, compute_dtype: str = "float32"
-) -> LossFn:
+def mdloo(config: ModelConfig, *, gamma: float, temperature: float = 1.0, compute_dtype: str = "float32") -> LossFn:
     """Eq. 9 (see `objectives/mdloo.py`). Batch: tokens_BT, mask_BT, behavior_logp_BT, advantage_B, num_sequences."""
 
     def loss(params: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:

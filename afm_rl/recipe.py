@@ -42,6 +42,4 @@ class OptimizerSpec:
                 width=width,
                 clip_norm=self.clip_norm,
             )
-        return adamw(
-            peak_lr=self.peak_lr, schedule=self.schedule, weight_decay=self.weight_decay, clip_norm=self.clip_norm
-        )
+        return adamw(peak_lr=self.peak_lr, schedule=self.schedule, weight_decay=self.weight_decay, clip_norm=self.clip_norm)

@@ -56,7 +56,5 @@ def score(
     )
     last_BD = jnp.take_along_axis(hidden_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0].astype(jnp.float32)
     heads = params["heads"]
-    grades = {
-        name: dense(jax.nn.gelu(dense(last_BD, heads[name]["up"])), heads[name]["down"]) for name in GRADINGS
-    }
+    grades = {name: dense(jax.nn.gelu(dense(last_BD, heads[name]["up"])), heads[name]["down"]) for name in GRADINGS}
     return Scores(dense(last_BD, heads["reward"])[:, 0], grades)

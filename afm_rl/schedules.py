@@ -34,9 +34,7 @@ def warmup_cosine(warmup_steps: int, total_steps: int, *, end_fraction: float) -
             "lower warmup_steps or train for longer"
         )
     if not 0.0 <= end_fraction <= 1.0:
-        raise ValueError(
-            f"warmup_cosine: end_fraction must be between 0 and 1 (a fraction of the peak), got {end_fraction}"
-        )
+        raise ValueError(f"warmup_cosine: end_fraction must be between 0 and 1 (a fraction of the peak), got {end_fraction}")
 
     def schedule(t: jax.typing.ArrayLike) -> jax.Array:
         t = jnp.asarray(t)

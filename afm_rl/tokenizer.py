@@ -66,9 +66,7 @@ class Tokenizer:
                 f"expected {list(MARKER_PIECES)}; train one with pretrain.tokenizer_training.train_tokenizer"
             )
         if len(self._byte_ids) != 256:
-            raise ValueError(
-                f"the SentencePiece model has {len(self._byte_ids)} byte pieces, needs 256 (byte_fallback)"
-            )
+            raise ValueError(f"the SentencePiece model has {len(self._byte_ids)} byte pieces, needs 256 (byte_fallback)")
 
     def _ids_where(self, condition: Callable[[int], bool]) -> list[int]:
         return [i for i in range(self.vocab_size) if condition(i)]

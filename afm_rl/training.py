@@ -1,4 +1,4 @@
-"""Training state and step, for any objective: pre-training, SFT, rewards, preferences, MDLOO and adapters all run through here.
+"""Training state and step, for any objective: pre-training, SFT, rewards, preferences, MDLOO and adapters all come here.
 
 An objective is a function `loss(params, batch, key) -> (scalar, metrics)`; the optimizer is an optax chain. Master weights
 and optimizer state are float32. What is trained may be part of a larger tree (LoRA adapters, FFN mask scores): `frozen` is
@@ -30,8 +30,10 @@ class TrainState(struct.PyTreeNode):
 
 def create_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """A state at step 0 over a copy of `params` (the step donates it)."""
+    # Under jit: op by op, every leaf's zeros would be a program of their own to compile.
+    opt_state = jax.jit(optimizer.init)(params)
     params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
-    return TrainState(jnp.int32(0), params, optimizer.init(params))
+    return TrainState(jnp.int32(0), params, opt_state)
 
 
 def make_train_step(

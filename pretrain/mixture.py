@@ -24,7 +24,7 @@ class _Rows(grain.sources.RandomAccessDataSource[int]):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int) -> tuple[int, int]:  # type: ignore[override]
+    def __getitem__(self, index: int) -> tuple[int, int]:
         return self._domain, index
 
 
@@ -49,8 +49,7 @@ def mixture_batches(
             )
     packed = [domains[name] for name in names]
     sources = [
-        grain.MapDataset.source(_Rows(i, len(rows))).seed(seed + i).shuffle().repeat()
-        for i, rows in enumerate(packed)
+        grain.MapDataset.source(_Rows(i, len(rows))).seed(seed + i).shuffle().repeat() for i, rows in enumerate(packed)
     ]
     mixed = grain.MapDataset.mix(sources, weights=[weights[name] for name in names])
 

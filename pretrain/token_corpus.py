@@ -19,9 +19,14 @@ import numpy as np
 class Encoder(Protocol):
     """The part of a tokenizer that a corpus needs."""
 
-    vocab_size: int
-    eos_id: int
-    fingerprint: str
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eos_id(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def encode(self, text: str) -> list[int]: ...
 

@@ -65,8 +65,11 @@ def write_adapter(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = _to_tensors(params, rank, dtype)
-    write_json(folder / CONFIG_FILE, _peft_config(list(params["layers"]), rank, alpha))
+    if unknown := set(params["layers"]) - set(PROJECTIONS):
+        raise ValueError(f"an adapter has factors for {', '.join(PROJECTIONS)}; got {', '.join(sorted(unknown))}")
+    names = [name for name in PROJECTIONS if name in params["layers"]]
+    tensors = _to_tensors({name: params["layers"][name] for name in names}, rank, dtype)
+    write_json(folder / CONFIG_FILE, _peft_config(names, rank, alpha))
     temporary = folder / f".{WEIGHTS_FILE}.{os.getpid()}.tmp"
     write_safetensors(temporary, tensors, metadata={"format": "pt"})
     records = {CONFIG_FILE: file_record(folder / CONFIG_FILE), WEIGHTS_FILE: file_record(temporary)}
@@ -92,9 +95,9 @@ def read_adapter(folder: str | os.PathLike[str], *, dtype: str = "float32") -> A
     return Adapter(_from_tensors(tensors, rank, folder / WEIGHTS_FILE, dtype), rank, alpha)
 
 
-def _to_tensors(params: Mapping[str, Any], rank: int, dtype: str) -> dict[str, np.ndarray]:
+def _to_tensors(layers: Mapping[str, Any], rank: int, dtype: str) -> dict[str, np.ndarray]:
     tensors = {}
-    for name, factors in params["layers"].items():
+    for name, factors in layers.items():
         for factor, letter, rank_axis in (("a", "A", 1), ("b", "B", 2)):
             stacked = np.asarray(factors[factor])
             if stacked.shape[rank_axis] != rank:

@@ -101,9 +101,7 @@ def read_package(folder: str | os.PathLike[str]) -> Package:
     folder = Path(folder)
     manifest = read_signed_json(folder / MANIFEST_FILE)
     if manifest.get("format") != FORMAT:
-        raise PackageError(
-            f"{folder / MANIFEST_FILE}: format {manifest.get('format')!r}, this version reads {FORMAT!r}"
-        )
+        raise PackageError(f"{folder / MANIFEST_FILE}: format {manifest.get('format')!r}, this version reads {FORMAT!r}")
     for name, record in manifest["files"].items():
         verify_file(folder / name, record)
     config = ModelConfig(**manifest["config"])

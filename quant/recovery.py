@@ -86,9 +86,7 @@ def stack(layers: list[Palettized]) -> PalettizedWeight:
 def unstack(leaf: PalettizedWeight, bits: list[int]) -> list[Palettized]:
     """The inverse of `stack`: each layer with its own 2**bits table entries."""
     lut, indices = np.asarray(leaf.lut), np.asarray(leaf.indices)
-    return [
-        Palettized(lut[layer][:, : 2**b], indices[layer], b, leaf.axis, leaf.group_size) for layer, b in enumerate(bits)
-    ]
+    return [Palettized(lut[layer][:, : 2**b], indices[layer], b, leaf.axis, leaf.group_size) for layer, b in enumerate(bits)]
 
 
 def embedding_leaf(weight: np.ndarray) -> Int8Embedding:

@@ -47,9 +47,7 @@ def full_logps(group: Group, response: int, temperature: float) -> np.ndarray:
     padded = np.zeros((1, 48), np.int32)
     padded[0, : len(tokens)] = tokens
     rows = np.asarray(full_logits(padded), np.float64)[0, len(group.prompt_T) - 1 : len(tokens) - 1] / temperature
-    return (
-        rows - np.log(np.exp(rows - rows.max(-1, keepdims=True)).sum(-1, keepdims=True)) - rows.max(-1, keepdims=True)
-    )
+    return rows - np.log(np.exp(rows - rows.max(-1, keepdims=True)).sum(-1, keepdims=True)) - rows.max(-1, keepdims=True)
 
 
 def ask(prompt: Sequence[int] | np.ndarray, name: str = "r", **options: object) -> GenerationRequest:
@@ -95,9 +93,7 @@ def test_log_probabilities_agree_with_the_full_forward_pass(generator: Generator
 def test_responses_end_at_the_stop_token_or_at_max_tokens(generator: Generator) -> None:
     """Guards the lengths: one stop token, at the end and counted once; without one the limit is exact."""
     limits = (2, 5, 16)
-    requests = [
-        ask(PROMPTS[0], max_tokens=n, temperature=2.0, seed=s, num_responses=2) for s in range(24) for n in limits
-    ]
+    requests = [ask(PROMPTS[0], max_tokens=n, temperature=2.0, seed=s, num_responses=2) for s in range(24) for n in limits]
     seen = set()
     for request, group in zip(requests, generator.generate(requests), strict=True):
         for response, logps, finished in zip(group.responses, group.logps, group.finished, strict=True):
@@ -155,9 +151,7 @@ def test_batch_mates_do_not_change_a_response(generator: Generator) -> None:
     mine = ask(PROMPTS[1], "mine", max_tokens=16, temperature=1.2, seed=5, num_responses=2)
     answers = []
     for others in ([PROMPTS[0], PROMPTS[2]], [PROMPTS[2], PROMPTS[1][::-1]]):
-        mates = [
-            ask(p, max_tokens=12, temperature=t, seed=9, num_responses=2) for p, t in zip(others, (0, 2), strict=True)
-        ]
+        mates = [ask(p, max_tokens=12, temperature=t, seed=9, num_responses=2) for p, t in zip(others, (0, 2), strict=True)]
         answers.append(generator.generate([mates[0], mine, mates[1]])[1])
     for first, second in zip(answers[0].responses, answers[1].responses, strict=True):
         np.testing.assert_array_equal(first, second)

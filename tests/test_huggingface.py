@@ -124,9 +124,7 @@ def test_load_casts(tmp_path):
 
 def test_tokenizer_files(tmp_path):
     """A policy folder carries its tokenizer in both forms, and generation there stops where ours does."""
-    tokenizer = train_tokenizer(
-        [pydoc_data.topics.topics["assert"]], vocab_size=SMALL.vocab_size, folder=tmp_path / "t"
-    )
+    tokenizer = train_tokenizer([pydoc_data.topics.topics["assert"]], vocab_size=SMALL.vocab_size, folder=tmp_path / "t")
     save_pretrained(small_params(), tmp_path / "policy", config=SMALL, tokenizer=tokenizer)
     assert Tokenizer.load(tmp_path / "policy").fingerprint == tokenizer.fingerprint
     generation = json.loads((tmp_path / "policy" / "generation_config.json").read_text())

@@ -23,9 +23,7 @@ def random_params(config: ModelConfig = CONFIG, seed: int = 0) -> dict[str, Any]
     rng = np.random.default_rng(seed)
 
     def draw(spec: ParamSpec) -> jax.Array:
-        return (
-            jnp.ones(spec.shape) if spec.std is None else jnp.asarray(spec.std * rng.normal(size=spec.shape), "float32")
-        )
+        return jnp.ones(spec.shape) if spec.std is None else jnp.asarray(spec.std * rng.normal(size=spec.shape), "float32")
 
     return jax.tree.map(draw, param_specs(config), is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
 

@@ -61,9 +61,7 @@ def np_norm(x: np.ndarray, gain: np.ndarray, eps: float) -> np.ndarray:
 def np_rope(x: np.ndarray, position: int, base: float) -> np.ndarray:
     """Each half-split pair (i, i + H/2) as a complex number, turned by position * base^(-2i/H)."""
     half = x.shape[-1] // 2
-    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(
-        1j * position * base ** (-2.0 * np.arange(half) / (2 * half))
-    )
+    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * position * base ** (-2.0 * np.arange(half) / (2 * half)))
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
@@ -183,9 +181,7 @@ def test_dropout_keeps_the_mean() -> None:
 
 def test_dropout_in_the_model_follows_its_key(params: Params) -> None:
     """Guards resumable training: one key gives one result, another key another."""
-    first, again, other = (
-        np.asarray(run(params, TOKENS, dropout_rate=0.1, key=jax.random.key(seed))) for seed in (0, 0, 1)
-    )
+    first, again, other = (np.asarray(run(params, TOKENS, dropout_rate=0.1, key=jax.random.key(seed))) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
     assert (first != np.asarray(run(params, TOKENS))).any()
@@ -202,9 +198,7 @@ def test_an_adapter_on_the_model_equals_the_merged_model(params: Params) -> None
         }
         for name, (L, out, fan_in) in shapes.items()
     }
-    merged = {
-        name: params["layers"][name] + 2.0 * np.matmul(factors["b"], factors["a"]) for name, factors in lora.items()
-    }
+    merged = {name: params["layers"][name] + 2.0 * np.matmul(factors["b"], factors["a"]) for name, factors in lora.items()}
     found = run(attach(params, {"layers": lora}, alpha=4.0, rank=2), TOKENS)
     expected = run({**params, "layers": {**params["layers"], **merged}}, TOKENS)
     np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -12,6 +12,7 @@ from afm_rl.reward_model import CLASSES, Scores, init_heads, score
 from afm_rl.types import GRADINGS
 
 CONFIG = ModelConfig(13, 8, 16, 1, 2, 1, 4)
+KEY = jax.random.key(0)
 LENGTHS = np.array([3, 6, 1])
 TOKENS = np.random.default_rng(0).integers(1, 13, size=(3, 6)).astype(np.int32) * (np.arange(6) < LENGTHS[:, None])
 
@@ -19,10 +20,9 @@ TOKENS = np.random.default_rng(0).integers(1, 13, size=(3, 6)).astype(np.int32) 
 @pytest.fixture(scope="module")
 def params() -> Params:
     """Heads away from their start, so that every one of them says something."""
-    start = jax.jit(lambda key: {"trunk": init_params(CONFIG, key), "heads": init_heads(CONFIG, key)})
-    found = jax.tree.map(np.asarray, start(jax.random.key(0)))
-    found["heads"]["reward"] = np.random.default_rng(1).normal(size=(1, 8)).astype(np.float32)
-    return found
+    rng = np.random.default_rng(1)
+    start = jax.eval_shape(lambda key: {"trunk": init_params(CONFIG, key), "heads": init_heads(CONFIG, key)}, KEY)
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), start)
 
 
 @jax.jit
@@ -39,12 +39,12 @@ def test_heads_read_the_last_real_token(params: Params) -> None:
     hidden = np.asarray(jax.jit(lambda p: forward(p, TOKENS, config=CONFIG)[0])(params["trunk"]))
     last = np.stack([hidden[row, length - 1] for row, length in enumerate(LENGTHS)])
     found = run(params, TOKENS, LENGTHS)
-    np.testing.assert_allclose(found.reward_B, last @ params["heads"]["reward"][0], atol=1e-5)
+    np.testing.assert_allclose(found.reward_B, last @ params["heads"]["reward"][0], rtol=1e-4)
     assert np.abs(np.asarray(found.reward_B) - hidden[:, -1] @ params["heads"]["reward"][0])[[0, 2]].min() > 0.01
-    assert tuple(found.grade_logits) == GRADINGS
+    assert set(found.grade_logits) == set(GRADINGS)
     for name, logits in found.grade_logits.items():
         head = params["heads"][name]
-        np.testing.assert_allclose(logits, gelu(last @ head["up"].T) @ head["down"].T, atol=1e-5)
+        np.testing.assert_allclose(logits, gelu(last @ head["up"].T) @ head["down"].T, rtol=1e-4)
         assert logits.shape == (3, CLASSES)
 
 
@@ -59,7 +59,7 @@ def test_padding_changes_nothing(params: Params) -> None:
 
 def test_a_fresh_reward_head_prefers_nothing() -> None:
     """Guards the start: every reward is zero, the gradings differ from each other, and all shapes fit."""
-    heads = jax.jit(init_heads, static_argnums=0)(CONFIG, jax.random.key(0))
+    heads = jax.jit(init_heads, static_argnums=0)(CONFIG, KEY)
     assert not np.any(heads["reward"])
     assert set(heads) == {"reward", *GRADINGS}
     assert not np.array_equal(heads["verbosity"]["up"], heads["truthfulness"]["up"])

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from actors.server import ChatServer
 from actors.server_backend import AdapterBackend
-from actors.server_protocol import parse_completion
+from actors.server_protocol import parse_chat, parse_completion
 from afm_rl.config import ModelConfig
 from afm_rl.generate import Generator
 from afm_rl.huggingface import save_pretrained
@@ -72,9 +72,7 @@ def adapter_deltas(config: ModelConfig, *, seed: int, rank: int = 4) -> dict[str
     }
 
 
-def write_adapter(
-    folder: Path, name: str, config: ModelConfig, *, seed: int, rank: int = 4, alpha: float = 8.0
-) -> None:
+def write_adapter(folder: Path, name: str, config: ModelConfig, *, seed: int, rank: int = 4, alpha: float = 8.0) -> None:
     """A PEFT adapter folder, written by hand from PEFT's layout; appears whole, as a deployment would do it."""
     target = folder / "adapters" / name
     staging = folder / f"staging-{name}"
@@ -173,6 +171,11 @@ def test_a_greedy_completion_is_its_own_best_alternative(folder: Path, tokenizer
     body = {"model": "one", "prompt": PROMPT.tolist(), "temperature": 0, "max_tokens": 8, "logprobs": 3}
     logprobs = server.completion(parse_completion(body))["choices"][0]["logprobs"]
     assert [max(best.values()) for best in logprobs["top_logprobs"]] == logprobs["token_logprobs"]
+    chat = {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 3}
+    answer = server.chat(parse_chat({"model": "one", "temperature": 0, "max_tokens": 8, **chat}))
+    content = answer["choices"][0]["logprobs"]["content"]
+    assert len(content) == answer["usage"]["completion_tokens"]
+    assert [entry["top_logprobs"][0]["logprob"] for entry in content] == [entry["logprob"] for entry in content]
 
 
 def test_resident_adapters_are_bounded_and_least_recently_used_goes(folder: Path) -> None:

@@ -46,9 +46,7 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("change", "param", "code"), REFUSALS, ids=[f"{p}-{i}" for i, (_, p, _) in enumerate(REFUSALS)]
-)
+@pytest.mark.parametrize(("change", "param", "code"), REFUSALS, ids=[f"{p}-{i}" for i, (_, p, _) in enumerate(REFUSALS)])
 def test_refusals_name_the_parameter(change: dict[str, Any], param: str, code: str) -> None:
     """Guards that nothing we cannot honour is silently ignored, and that the error points at it."""
     with pytest.raises(ApiError) as caught:

@@ -47,9 +47,7 @@ def test_pieces_of_any_tokens_add_up_to_their_decoding(tokenizer: Tokenizer) -> 
         ("a🦊b", ("🦊",), "a"),
     ],
 )
-def test_stop_strings_whatever_the_chunks(
-    text: str, stop: tuple[str, ...], expected: str, tokenizer: Tokenizer
-) -> None:
+def test_stop_strings_whatever_the_chunks(text: str, stop: tuple[str, ...], expected: str, tokenizer: Tokenizer) -> None:
     """Guards overlapping starts, several stop strings, and an unfinished one at the end, however the text is cut up."""
     assert "".join(pieces(tokenizer.encode(text), tokenizer, stop=stop)) == expected
     for size in (1, 2, 3, 100):

@@ -172,9 +172,7 @@ def test_load_errors_name_the_file(tmp_path):
 def test_training_is_deterministic_and_samples(tmp_path):
     """Equal texts give equal bytes, also when the corpus is sampled."""
     texts = list(pydoc_data.topics.topics.values())
-    a, b = (
-        train_tokenizer(iter(texts), vocab_size=500, folder=tmp_path / name, max_chars=60_000) for name in ("a", "b")
-    )
+    a, b = (train_tokenizer(iter(texts), vocab_size=500, folder=tmp_path / name, max_chars=60_000) for name in ("a", "b"))
     assert a.fingerprint == b.fingerprint
 
 

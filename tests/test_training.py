@@ -1,4 +1,4 @@
-"""The training step on problems with known answers: what moves, what does not, and that a step is a function of its number."""
+"""The training step on problems with known answers: what moves, what does not, and which random key it draws from."""
 
 from __future__ import annotations
 

@@ -111,6 +111,4 @@ def training_bytes(config: ModelConfig, *, batch: int, length: int) -> int:
 
 def cache_bytes(config: ModelConfig, *, responses: int, length: int) -> int:
     """float32 keys and values of `responses` sequences of `length` tokens, and their logits."""
-    return (
-        4 * responses * (2 * length * config.num_layers * config.num_kv_heads * config.head_dim + 2 * config.vocab_size)
-    )
+    return 4 * responses * (2 * length * config.num_layers * config.num_kv_heads * config.head_dim + 2 * config.vocab_size)

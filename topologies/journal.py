@@ -177,9 +177,7 @@ def read_journal(path: str | Path) -> list[Any]:
 def _scan(content: bytes, path: Path) -> _Scan:
     """Every record up to the end, or up to a torn one. Errors: `JournalError` if whole records follow the damage."""
     if not content.startswith(_MAGIC):
-        raise JournalError(
-            f"{path}: not a journal of this version (it starts with {content[:8]!r}); restore or remove it"
-        )
+        raise JournalError(f"{path}: not a journal of this version (it starts with {content[:8]!r}); restore or remove it")
     view, at = memoryview(content), len(_MAGIC)
     records: list[Any] = []
     while at < len(content):
@@ -208,9 +206,7 @@ def _payload(view: memoryview, at: int) -> memoryview | None:
 
 def _next_record(view: memoryview, at: int) -> int | None:
     """The offset of the first whole record at or after `at`, searched byte by byte."""
-    return next(
-        (offset for offset in range(at, len(view) - _HEADER_BYTES + 1) if _payload(view, offset) is not None), None
-    )
+    return next((offset for offset in range(at, len(view) - _HEADER_BYTES + 1) if _payload(view, offset) is not None), None)
 
 
 def _pack(record: Any) -> bytes:

@@ -16,6 +16,7 @@ from typing import Any
 
 from actors.metrics import JsonlSink, Metrics, MetricsSink, RaySink, TensorBoardSink
 from topologies.datasets import load_dataset
+from topologies.plan import plan
 from topologies.progress import ProgressView
 from topologies.report import write_report
 from topologies.report_data import ActorUse, Figure, Report, Sample, StageResult
@@ -73,10 +74,9 @@ def launch(topology: Topology, *, resume: bool = False) -> RunFolder:
 
     Raises UserError for what the user can put right (a folder of another topology, actors that do not fit, bad data).
     """
+    plan(topology)  # raises when the actors do not fit this machine, before anything starts
     run = RunFolder.create_or_open(topology.run_root, topology, resume=resume)
-    # Actors inherit it: the second job with the same shapes, and a resumed run, compile nothing anew.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(run.path.parent / ".jax-cache"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    _share_compiled_programs(run)
     with run.open_journal() as journal, ProgressView() as progress:
         progress.say(f"run folder {run.path}")
         if run.finished:
@@ -92,6 +92,18 @@ def launch(topology: Topology, *, resume: bool = False) -> RunFolder:
         run.mark_finished(journal)
         progress.say(f"report: {run.report_html}")
     return run
+
+
+def _share_compiled_programs(run: RunFolder) -> None:
+    """One cache of compiled programs for all processes: a job of known shapes, or a resumed run, compiles nothing."""
+    import jax
+
+    folder, seconds = str(run.path.parent / ".jax-cache"), "0.2"
+    # The variables are for the actors, which inherit them; this process has imported JAX already.
+    folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", seconds)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", float(seconds))
 
 
 def _run_stages(context: Context) -> None:
@@ -169,5 +181,3 @@ def _environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
     }
-
-

@@ -110,9 +110,7 @@ def check_resources(result: Plan) -> None:
     if result.memory_bytes > result.machine_bytes:
         largest = max(result.actors, key=lambda a: a.replicas * a.memory_bytes)
         need, have = result.memory_bytes / 2**30, result.machine_bytes / 2**30
-        short.append(
-            f"about {need:.1f} GiB of memory are needed, most by {largest.role}, and this machine has {have:.1f}"
-        )
+        short.append(f"about {need:.1f} GiB of memory are needed, most by {largest.role}, and this machine has {have:.1f}")
     if short:
         raise UserError(
             f"the topology '{result.name}' does not fit: {'; '.join(short)}; lower replicas, num_cpus or the model, "

@@ -100,9 +100,7 @@ def table(data: Table) -> str:
                 f"report table {data.title!r}: row {index} has {len(row)} cells for {len(data.columns)} columns"
             )
     columns = [[row[index] for row in data.rows] for index in range(len(data.columns))]
-    numeric = [
-        any(_is_number(c) for c in column) and all(_is_number(c) or c is None for c in column) for column in columns
-    ]
+    numeric = [any(_is_number(c) for c in column) and all(_is_number(c) or c is None for c in column) for column in columns]
     texts = [_column(column) for column in columns]
     head = "".join(f"<th{_right(right)}>{escape(name)}</th>" for name, right in zip(data.columns, numeric, strict=True))
     body = "".join(

@@ -180,9 +180,7 @@ def _actors(layout: _Layout, report: Report) -> _Floor:
     slots = {role: layout.slots[role] for role in roles if role in layout.slots}
     slots |= dict(zip([role for role in roles if role not in slots], layout.spare, strict=False))
     boxes = {
-        role: _Box(
-            layout.column_xs[column], layout.row_ys[row], *layout.box, _facts(role, configured.get(role), report)
-        )
+        role: _Box(layout.column_xs[column], layout.row_ys[row], *layout.box, _facts(role, configured.get(role), report))
         for role, (column, row) in slots.items()
     }
     drawn = [_edge(layout, boxes, edge) for edge in EDGES if edge.source in boxes and edge.target in boxes]
@@ -298,9 +296,7 @@ def _edge(layout: _Layout, boxes: Mapping[str, _Box], edge: Edge) -> str:
             text, anchor = _Point(lane - 6, b.y - 14), "end"
     kind = "loop" if edge.source in LOOP and edge.target in LOOP else "side"
     path = f'<path class="flow {kind}" d="{_rounded(points)}" marker-end="url(#{kind}-{layout.name})"/>'
-    said = (
-        f'<text class="flows" text-anchor="{anchor}" x="{text.x:.0f}" y="{text.y:.0f}">{label}</text>' if label else ""
-    )
+    said = f'<text class="flows" text-anchor="{anchor}" x="{text.x:.0f}" y="{text.y:.0f}">{label}</text>' if label else ""
     return path + said
 
 

@@ -136,9 +136,7 @@ class RunFolder:
             there = ", ".join(self.policy_names()) or "none yet"
             raise UserError(f"{self.path} has no policy '{name}'; it has: {there}")
         if version is not None and version not in versions:
-            raise UserError(
-                f"policy '{name}' has no version {version}; it has: {', '.join(map(str, sorted(versions)))}"
-            )
+            raise UserError(f"policy '{name}' has no version {version}; it has: {', '.join(map(str, sorted(versions)))}")
         return versions[max(versions) if version is None else version]
 
     def _is_new(self) -> bool:

@@ -86,9 +86,7 @@ class Model(Strict):
         return ModelConfig(**self._changes())
 
     def _changes(self) -> dict[str, Any]:
-        values = {
-            name: getattr(self, name) for name in type(self).model_fields if name not in ("preset", "huggingface")
-        }
+        values = {name: getattr(self, name) for name in type(self).model_fields if name not in ("preset", "huggingface")}
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -249,9 +247,7 @@ class Topology(Strict):
                 raise problem(message, at=(*at, "vocab_size"))
             if stage.name == "prune" and self.small_model.ffn_dim >= self.model.config().ffn_dim:
                 limit = self.model.config().ffn_dim
-                raise problem(
-                    f"must be less than model.ffn_dim, {limit}: prune narrows it", at=("small_model", "ffn_dim")
-                )
+                raise problem(f"must be less than model.ffn_dim, {limit}: prune narrows it", at=("small_model", "ffn_dim"))
             if stage.name == "adapters" and stage.rank not in (ranks := self.stage("recover").ranks):
                 message = f"no recovery adapter of rank {stage.rank} to start from; recover.ranks are {ranks}"
                 raise problem(message, at=(*at, "rank"))
@@ -302,9 +298,7 @@ def parse_topology(text: str, *, source: str = "topology", check_files: bool = F
 
 def _validate(document: Document, overrides: Sequence[str], *, check_files: bool) -> Topology:
     if isinstance(document.data, dict) and isinstance(model := document.data.get("model"), str):
-        document.replace(
-            ("model",), _model_from_yaml(model), document.place(("model",))
-        )  # so that model.dim=64 can follow
+        document.replace(("model",), _model_from_yaml(model), document.place(("model",)))  # so that model.dim=64 can follow
     for override in overrides:
         apply_override(document, override)
     if not isinstance(document.data, dict):
@@ -329,9 +323,7 @@ def _explain(error: ValidationError, document: Document) -> str:
         else:
             message = f"{item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"
         lines.setdefault(loc, []).append(message)
-    return "\n".join(
-        f"{document.place(loc)}: {show(loc) or 'topology'}: {_join(texts)}" for loc, texts in lines.items()
-    )
+    return "\n".join(f"{document.place(loc)}: {show(loc) or 'topology'}: {_join(texts)}" for loc, texts in lines.items())
 
 
 def _join(messages: list[str]) -> str:

@@ -185,9 +185,7 @@ def _free_port(host: str, port: int) -> int:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise UserError(
-                f"cannot listen on {host} port {port}: {error.strerror}; choose another port or host"
-            ) from error
+            raise UserError(f"cannot listen on {host} port {port}: {error.strerror}; choose another port or host") from error
         return probe.getsockname()[1]
 
 

@@ -258,9 +258,10 @@ class QuantizeStage(StageOptions):
     makes = ("palettized model",)
     reads = ("demonstrations",)
     name: Literal["quantize"] = "quantize"
-    bits_per_weight: Annotated[
-        list[Annotated[float, Field(ge=2, le=8)]], Field(min_length=1), BeforeValidator(_as_list)
-    ] = [3.7, 3.5]  # paper 5.2.1
+    bits_per_weight: Annotated[list[Annotated[float, Field(ge=2, le=8)]], Field(min_length=1), BeforeValidator(_as_list)] = [
+        3.7,
+        3.5,
+    ]  # paper 5.2.1
     group_size: Count = 16  # paper 5.2.1
     sensitivity_batches: Count = 4
 

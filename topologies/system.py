@@ -7,6 +7,7 @@ What cannot be placed is an error at once, not a wait.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -161,7 +162,7 @@ def _ray_actor(declaration: ActorDeclaration) -> RayHandle:
 
     # Ray names an actor's class after the Python class: a subclass per role makes the dashboard say "Learner", not "Host".
     host = type(declaration.role.__name__, (Host,), {"__module__": Host.__module__})
-    actor = (
+    actor: Any = (
         ray.remote(host)
         .options(name=declaration.name, num_cpus=declaration.num_cpus, num_gpus=declaration.num_gpus, max_concurrency=1)
         .remote(declaration.name, declaration.role, declaration.kwargs)
@@ -175,10 +176,12 @@ def _connect(topology: Topology) -> str | None:
     # Ray's uv hook would build a second environment for every worker when launched through `uv run`.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     address = "local" if topology.launcher == "local" else topology.address
-    local_only = {"include_dashboard": True, "object_store_memory": OBJECT_STORE_BYTES} if address == "local" else {}
+    local_only: dict[str, Any] = (
+        {"include_dashboard": True, "object_store_memory": OBJECT_STORE_BYTES} if address == "local" else {}
+    )
     try:
         context = ray.init(
-            address=address, namespace=topology.name, log_to_driver=False, logging_level="ERROR", **local_only
+            address=address, namespace=topology.name, log_to_driver=False, logging_level=logging.ERROR, **local_only
         )
     except ConnectionError as error:
         raise UserError(
@@ -195,6 +198,6 @@ def _await_placement(handles: list[RayHandle]) -> None:
             gather([handle.ping()], deadline_s=PLACEMENT_DEADLINE_S)
         except DeadlineError as error:
             raise UserError(
-                f"actor {handle.name} could not be placed within {PLACEMENT_DEADLINE_S:.0f} s: the cluster lacks the CPUs, GPUs "
-                "or nodes it asks for; compare `afm-rl plan FILE` with `ray status`"
+                f"actor {handle.name} could not be placed within {PLACEMENT_DEADLINE_S:.0f} s: the cluster lacks the CPUs, "
+                "GPUs or nodes it asks for; compare `afm-rl plan FILE` with `ray status`"
             ) from error

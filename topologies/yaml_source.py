@@ -148,17 +148,13 @@ def _convert(node: yaml.Node, loc: Loc, document: Document, above: tuple[yaml.No
     return _convert_scalar(node, loc, line)
 
 
-def _convert_mapping(
-    node: yaml.MappingNode, loc: Loc, document: Document, above: tuple[yaml.Node, ...]
-) -> dict[str, Any]:
+def _convert_mapping(node: yaml.MappingNode, loc: Loc, document: Document, above: tuple[yaml.Node, ...]) -> dict[str, Any]:
     mapping: dict[str, Any] = {}
     for key_node, value_node in node.value:
         line = f"{document.source}:{key_node.start_mark.line + 1}"
         at = f"{line}: {show(loc)}: " if loc else f"{line}: "
         if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != _STR:
-            raise UserError(
-                f'{at}a key must be text, got {getattr(key_node, "value", "a list or mapping")}; put it in "…"'
-            )
+            raise UserError(f'{at}a key must be text, got {getattr(key_node, "value", "a list or mapping")}; put it in "…"')
         key = key_node.value
         if key in mapping:
             raise UserError(f"{at}the key '{key}' is given twice; remove one")

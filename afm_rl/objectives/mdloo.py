@@ -95,9 +95,7 @@ def mdloo_loss(
     require_shape("behavior_logp_BT", behavior_logp_BT, logp_BT.shape)
     require_shape("advantage_B", advantage_B, logp_BT.shape[:1])
     if jnp.finfo(logp_BT.dtype).bits < 32:
-        raise TypeError(
-            f"logp_BT is {logp_BT.dtype}: sequence log-probabilities need float32; use sequence.token_logps"
-        )
+        raise TypeError(f"logp_BT is {logp_BT.dtype}: sequence log-probabilities need float32; use sequence.token_logps")
     present_B = (jnp.asarray(mask_BT) > 0).any(axis=1)
     advantage_B = jnp.where(present_B, jnp.asarray(advantage_B, logp_BT.dtype), 0)
     d_B = masked_sum(logp_BT - jnp.asarray(behavior_logp_BT, logp_BT.dtype), mask_BT)

@@ -66,9 +66,7 @@ def ours(logp: jax.Array, behavior: jax.Array, advantage: np.ndarray, mask: np.n
     return len(logp) * jax.grad(loss)(logp)
 
 
-def token_ratio(
-    logp: jax.Array, behavior: jax.Array, advantage: np.ndarray, mask: np.ndarray, gamma: float
-) -> jax.Array:
+def token_ratio(logp: jax.Array, behavior: jax.Array, advantage: np.ndarray, mask: np.ndarray, gamma: float) -> jax.Array:
     d = (logp - behavior) * mask
     return -jnp.exp(d) * (advantage - gamma * d.sum(1))[:, None] * mask
 
@@ -83,9 +81,7 @@ def gspo(logp: jax.Array, behavior: jax.Array, advantage: np.ndarray, mask: np.n
     return (-jnp.exp(d / mask.sum(1)) * (advantage - gamma * d))[:, None] * mask
 
 
-def length_average(
-    logp: jax.Array, behavior: jax.Array, advantage: np.ndarray, mask: np.ndarray, gamma: float
-) -> jax.Array:
+def length_average(logp: jax.Array, behavior: jax.Array, advantage: np.ndarray, mask: np.ndarray, gamma: float) -> jax.Array:
     return ours(logp, behavior, advantage, mask, gamma) * (mask.sum(1).mean() / mask.sum(1))[:, None]
 
 
@@ -106,9 +102,7 @@ def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
-@pytest.mark.parametrize(
-    ("distance", "gamma"), [(0.0, 1.0), (0.1, 0.0), (0.1, 1.0), (0.3, 0.1), (0.3, 1.0), (1.0, 0.5)]
-)
+@pytest.mark.parametrize(("distance", "gamma"), [(0.0, 1.0), (0.1, 0.0), (0.1, 1.0), (0.3, 0.1), (0.3, 1.0), (1.0, 0.5)])
 def test_gradient_is_exactly_eq_9(distance: float, gamma: float) -> None:
     """Guards the objective itself, at theta_k, near it and far from it."""
     theta = THETA_K + distance * DIRECTION

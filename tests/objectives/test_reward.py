@@ -38,9 +38,7 @@ def test_certain_labels_give_trls_bradley_terry_loss() -> None:
     """Guards sign and mean: with every target at 1 the loss is TRL's -log sigmoid(r_c - r_r)."""
     z = np.load(FIXTURES / "reward_model.npz")
     rewards = jnp.asarray(z["rewards_f32"])
-    loss = soft_label_loss(
-        chosen_B=rewards[:6], rejected_B=rewards[6:], level_B=jnp.zeros(6, jnp.int32), p_level=(1.0,) * 4
-    )
+    loss = soft_label_loss(chosen_B=rewards[:6], rejected_B=rewards[6:], level_B=jnp.zeros(6, jnp.int32), p_level=(1.0,) * 4)
     np.testing.assert_allclose(loss, z["trl_loss/center0"], rtol=1e-6)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from pretrain.soft_topk import soft_topk
 
-solve = jax.jit(soft_topk, static_argnames="k")
+solve = jax.jit(soft_topk)
 
 
 def bisected(scores: np.ndarray, k: float, eps: float) -> np.ndarray:

@@ -225,9 +225,7 @@ def write_run(folder, report=None):
     """A run folder: topology.yaml, report.json, metrics/."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(example_report() if report is None else report))
-    (folder / "topology.yaml").write_text(
-        "name: local\nmodel: tiny\nactors:\n  sampler: {replicas: 2, num_cpus: 0.5}\n"
-    )
+    (folder / "topology.yaml").write_text("name: local\nmodel: tiny\nactors:\n  sampler: {replicas: 2, num_cpus: 0.5}\n")
     write_metrics(folder / "metrics")
     return folder
 

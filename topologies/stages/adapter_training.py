@@ -59,7 +59,8 @@ def merged_policy(ctx: Context, *, name: str, base: Path, adapter: Path) -> Poli
 
     def work() -> str:
         held, added = load_artifact(base), load_artifact(adapter)
-        assert held.config is not None and added.adapter is not None
+        assert held.config is not None, base
+        assert added.adapter is not None, adapter
         params = merge(attach(held.params, added.params, alpha=added.adapter.alpha, rank=added.adapter.rank))
         dense = jax.tree.map(np.asarray, dequantize_params(params))
         save_artifact(policy.folder, dense, held.config, tokenizer_folder=str(ctx.tokenizer_folder))
@@ -74,4 +75,3 @@ def publish_adapter(adapter: Path, package: Path, name: str) -> None:
     target = package / "adapters" / name
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(adapter, target)
-

@@ -21,7 +21,11 @@ def run(ctx: Context, options: AdaptersStage) -> StageResult:
     package = package_folder(ctx, target)
     starts = {"recovery": adapter_folder(ctx, target, options.rank), "zero": None}
     batches = supervised_batches(
-        ctx.tokenizer, ctx.data.feature_demonstrations, length=options.sequence_length, batch=options.batch, seed=ctx.seed
+        ctx.tokenizer,
+        ctx.data.feature_demonstrations,
+        length=options.sequence_length,
+        batch=options.batch,
+        seed=ctx.seed,
     )
     scores: dict[str, Measured] = {}
     for start, init in starts.items():

@@ -116,9 +116,7 @@ def _rewards(
     return np.split(scores, np.cumsum([len(ts) for ts in texts])[:-1])
 
 
-def _rerank(
-    ctx: Context, reward_model: Policy, candidates: Sequence[Sequence[str]], prompts: Sequence[Prompt]
-) -> list[int]:
+def _rerank(ctx: Context, reward_model: Policy, candidates: Sequence[Sequence[str]], prompts: Sequence[Prompt]) -> list[int]:
     _load(ctx, reward_model)
     tokens = [[_tokens(ctx, p, t) for t in texts] for p, texts in zip(prompts, candidates, strict=True)]
     shares = spread(ctx.system.rewards, tokens)

@@ -50,16 +50,14 @@ def run(ctx: Context, options: ItecStage) -> StageResult:
     baseline = measure(ctx, sft, max_tokens=options.max_tokens)
     scores: list[MemberScore] = []
     reward_models: dict[str, dict[str, float | None]] = {}
-    committee, previous = [sft], {member: sft for member in options.members}
+    committee, previous = [sft], dict.fromkeys(options.members, sft)
     for number in range(1, options.rounds + 1):
         ctx.progress.say(f"iTeC round {number}: committee {', '.join(p.name for p in committee)}")
         this = _collect(ctx, options, number, committee)
         reward_models[this.reward_model.name] = reward_figures(
             ctx, this.reward_model, split(_preferences(ctx, number))[1], length=options.reward.sequence_length
         )
-        trained = {
-            member: train_member(ctx, options, this, member, start=previous[member]) for member in options.members
-        }
+        trained = {member: train_member(ctx, options, this, member, start=previous[member]) for member in options.members}
         scores += [_score(ctx, options, number, m, p, this.reward_model, baseline) for m, p in trained.items()]
         committee, previous = _next_committee(number, trained, scores), trained
     remember_committee(ctx, committee, this.reward_model)
@@ -111,7 +109,13 @@ def _collect(ctx: Context, options: ItecStage, number: int, committee: Sequence[
     )
     _annotate(ctx, options, number, prompts, answers)
     reward_model = ctx.policy(f"itec-{number}-reward")
-    start = ctx.policy(f"itec-{number - 1}-reward") if number > 1 else ctx.policy("reward") if ctx.has("reward_model") else ctx.policy("sft")
+    start = (
+        ctx.policy(f"itec-{number - 1}-reward")
+        if number > 1
+        else ctx.policy("reward")
+        if ctx.has("reward_model")
+        else ctx.policy("sft")
+    )
     everything = [*ctx.data.preferences, *(p for r in range(1, number + 1) for p in _preferences(ctx, r))]
     train_reward_model(ctx, options.reward, split(everything)[0], stage=STAGE, start=start, policy=reward_model)
     best = best_answers(ctx, reward_model, answers, prompts)
@@ -130,9 +134,7 @@ def _round_prompts(ctx: Context, options: ItecStage, number: int) -> list[Prompt
     return [available[i % len(available)] for i in range(first, first + min(count, len(available)))]
 
 
-def _annotate(
-    ctx: Context, options: ItecStage, number: int, prompts: Sequence[Prompt], answers: Sequence[Answers]
-) -> None:
+def _annotate(ctx: Context, options: ItecStage, number: int, prompts: Sequence[Prompt], answers: Sequence[Answers]) -> None:
     def work() -> int:
         pairs = distinct_pairs(prompts, answers, per_prompt=options.pairs_per_prompt, seed=(ctx.seed, number))
         # Without ground truth the simulated annotator has nothing to judge by.
@@ -196,15 +198,13 @@ def rerank_table(ctx: Context, options: ItecStage, committee: Sequence[Policy], 
         title="Reranking: prompt level beside the best single member",
         columns=["teacher", "accuracy %"],
         rows=ctx.once("itec/rerank", work),
-        note=f"{len(prompts)} held-out prompts, {options.responses_per_member} responses from every member; the latest reward "
-        "model chooses",
+        note=f"{len(prompts)} held-out prompts, {options.responses_per_member} responses from every member; the "
+        "latest reward model chooses",
     )
 
 
 def _members_table(baseline: Measured, scores: Sequence[MemberScore]) -> Table:
-    rows: list[list[object]] = [
-        [0, "sft", percent(baseline.greedy), percent(baseline.sampled), None, None, None]
-    ]
+    rows: list[list[object]] = [[0, "sft", percent(baseline.greedy), percent(baseline.sampled), None, None, None]]
     rows += [
         [
             s.round,

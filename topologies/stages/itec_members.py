@@ -68,7 +68,11 @@ def _train_on_preferences(
         task=policy.name,
         objective=objective,
         optimizer=OptimizerSpec(
-            "adamw", options.learning_rate, warmup_steps=options.warmup_steps, total_steps=options.steps, end_fraction=0.1
+            "adamw",
+            options.learning_rate,
+            warmup_steps=options.warmup_steps,
+            total_steps=options.steps,
+            end_fraction=0.1,
         ),
         checkpoint_folder=str(ctx.checkpoints(policy.name)),
         init=str(start.folder),
@@ -82,9 +86,7 @@ def _train_on_preferences(
     call(ctx.system.learner, "begin", job)
     rows["ref_logp_B"] = _reference_logps(ctx, rows)
     batch = min(options.batch, len(preferences))
-    ctx.train(
-        job, stage="itec", policy=policy, steps=options.steps, batches=pair_batches(rows, batch=batch, seed=ctx.seed)
-    )
+    ctx.train(job, stage="itec", policy=policy, steps=options.steps, batches=pair_batches(rows, batch=batch, seed=ctx.seed))
 
 
 def _reference_logps(ctx: Context, rows: Batch) -> np.ndarray:

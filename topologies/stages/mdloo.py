@@ -4,7 +4,7 @@
 
 | role | consumes | produces | waits for | unblocked by |
 |---|---|---|---|---|
-| sampler | prompts, weights of version k | groups of G responses | acknowledged weights of version k | publish of version k |
+| sampler | prompts, weights of version k | groups of G responses | acknowledged weights of version k | a publish |
 | reward | groups | scored groups | its share of the groups | the samplers |
 | learner | all groups of an iteration | weights of version k + 1, metrics | every scored group | the reward actors |
 
@@ -65,9 +65,7 @@ def train_mdloo(
     shutil.rmtree(ctx.checkpoints(policy.name), ignore_errors=True)
 
 
-def _iterate(
-    ctx: Context, options: MdlooTraining, iteration: int, *, stage: str, start: Policy, policy: Policy
-) -> None:
+def _iterate(ctx: Context, options: MdlooTraining, iteration: int, *, stage: str, start: Policy, policy: Policy) -> None:
     """One data-collection stage and one policy-update stage."""
     begin = time.perf_counter()
     published = ctx.system.learner.submit("publish", policy.name, iteration)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def _train(ctx: Context, plan: PretrainPlan) -> list[PhaseResult]:
 
 def _under_ray_train(ctx: Context, plan: PretrainPlan, bar: Any) -> list[PhaseResult]:
     """One JaxTrainer run over all phases. Its worker writes the metrics; this process follows them for the bar."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.jax import JaxTrainer
 
     learner = ctx.topology.actors.learner
@@ -191,18 +192,17 @@ def _recall(ctx: Context, options: PretrainStage) -> dict[str, float]:
     if options.stages[-1] != "context_lengthening" or len(options.stages) < 2 or not ctx.data.documents.get("long_context"):
         return {}
     before = phase_policy(ctx, options.stages[-2], options)
-    return {
-        when: ctx.once(f"needles/{policy.name}", lambda p=policy: needle_recall(ctx, p, options.context_lengthening))
-        for when, policy in (("before lengthening", before), ("after", ctx.policy("base")))
-    }
+    recall = {}
+    for when, policy in (("before lengthening", before), ("after", ctx.policy("base"))):
+        work = partial(needle_recall, ctx, policy, options.context_lengthening)
+        recall[when] = ctx.once(f"needles/{policy.name}", work)
+    return recall
 
 
 def needle_recall(ctx: Context, policy: Policy, phase: Phase) -> float:
     """Greedy key-value recall over documents of nearly the phase's length."""
     answer_tokens = 8
-    cases = needle_cases(
-        NEEDLE_CASES, length_chars=int(NEEDLE_CHARS_PER_TOKEN * phase.sequence_length), seed=ctx.seed + 1
-    )
+    cases = needle_cases(NEEDLE_CASES, length_chars=int(NEEDLE_CHARS_PER_TOKEN * phase.sequence_length), seed=ctx.seed + 1)
     room = phase.sequence_length - answer_tokens
     requests = [
         GenerationRequest(
@@ -218,5 +218,3 @@ def needle_recall(ctx: Context, policy: Policy, phase: Phase) -> float:
     groups = ctx.sample(policy, requests)
     right = [case.passes(ctx.texts(group)[0]) for case, group in zip(cases, groups, strict=True)]
     return sum(right) / len(right)
-
-

@@ -1,7 +1,7 @@
 """The small model (3.2.1): pruned from the large one by Soft-Top-K masks, core-trained with top-1 distillation, continued.
 
-Beside it, for comparison, the same shape trained from scratch for the same steps without a teacher. The pruned model then goes
-through the later phases of the pre-training recipe, as the paper's on-device model does.
+Beside it, for comparison, the same shape trained from scratch for the same steps without a teacher. The pruned model then
+goes through the later phases of the pre-training recipe, as the paper's on-device model does.
 """
 
 from __future__ import annotations
@@ -34,8 +34,20 @@ def run(ctx: Context, options: PruneStage) -> StageResult:
     config = ctx.topology.model.config().replace(ffn_dim=ctx.topology.small_model.ffn_dim)
     cut, core, scratch = ctx.policy("small-pruned"), ctx.policy("small-core"), ctx.policy("small-scratch")
     core_batches = domain_batches(ctx, options.mixture, length=options.sequence_length, batch=options.batch)
-    ctx.train(_mask_job(ctx, options, large, config), stage=STAGE, policy=cut, steps=options.mask_steps, batches=_with_eps(core_batches, options.mask_steps))
-    ctx.train(_core_job(ctx, options, "small-core", init=cut, teacher=large), stage=STAGE, policy=core, steps=options.steps, batches=core_batches)
+    ctx.train(
+        _mask_job(ctx, options, large, config),
+        stage=STAGE,
+        policy=cut,
+        steps=options.mask_steps,
+        batches=_with_eps(core_batches, options.mask_steps),
+    )
+    ctx.train(
+        _core_job(ctx, options, "small-core", init=cut, teacher=large),
+        stage=STAGE,
+        policy=core,
+        steps=options.steps,
+        batches=core_batches,
+    )
     losses = {"pruned, before core training": _losses(ctx, cut), "pruned and distilled": _losses(ctx, core)}
     if options.scratch:
         job = _core_job(ctx, options, "small-scratch", init=None, teacher=None, config=config)
@@ -62,7 +74,12 @@ def run(ctx: Context, options: PruneStage) -> StageResult:
             )
         ],
         curves=[
-            Curve(title="Core training loss (true label)", y=["nll"], tasks=["small-core", "small-scratch"], unit="nats/token"),
+            Curve(
+                title="Core training loss (true label)",
+                y=["nll"],
+                tasks=["small-core", "small-scratch"],
+                unit="nats/token",
+            ),
             Curve(title="Mask learning", y=["nll"], tasks=["small-pruned"], unit="nats/token"),
         ],
     )
@@ -137,7 +154,7 @@ def _optimizer(options: PruneStage, steps: int, *, peak_lr: float) -> OptimizerS
 
 def _with_eps(batches: Callable[[int], Batch], steps: int) -> Callable[[int], Batch]:
     """The batches with the masks' temperature of their step."""
-    return lambda step: {**batches(step), "eps": np.float32(eps_at(step, steps=steps))}
+    return lambda step: {**batches(step), "eps": np.asarray(eps_at(step, steps=steps), np.float32)}
 
 
 def _later_phases(ctx: Context, core: Policy, config: ModelConfig) -> Policy:

@@ -1,7 +1,7 @@
 """Compression (5.2, F): palettize the device model on the quantizer actors, at each target of bits per weight.
 
-Fisher information from the learner says which operations suffer; `allocate` gives each 2 or 4 bits under the target; the first
-target's package is the one that recovery, adapters and serving build on.
+Fisher information from the learner says which operations suffer; `allocate` gives each 2 or 4 bits under the target; the
+first target's package is the one that recovery, adapters and serving build on.
 """
 
 from __future__ import annotations
@@ -70,20 +70,40 @@ def run(ctx: Context, options: QuantizeStage) -> StageResult:
         row = made[f"{target:g}"]
         m = measure(ctx, palettized_policy(ctx, target), max_tokens=ctx.max_tokens)
         file_bits = round(row["file_bits_per_weight"], 3)
-        rows.append([f"palettized to {target:g}", round(row["bits_per_weight"], 3), file_bits, percent(m.greedy), percent(m.sampled), row["two_bit"]])
+        rows.append(
+            [
+                f"palettized to {target:g}",
+                round(row["bits_per_weight"], 3),
+                file_bits,
+                percent(m.greedy),
+                percent(m.sampled),
+                row["two_bit"],
+            ]
+        )
     first = made[f"{options.bits_per_weight[0]:g}"]
     return StageResult(
         name=STAGE,
         title="Palettization",
         paper="5.2, F",
         figures=[
-            Figure(label="bits per weight", value=round(first["bits_per_weight"], 3), note="projections, lookup tables included"),
+            Figure(
+                label="bits per weight",
+                value=round(first["bits_per_weight"], 3),
+                note="projections, lookup tables included",
+            ),
             Figure(label="operations", value=first["operations"]),
         ],
         tables=[
             Table(
                 title="Palettized models",
-                columns=["model", "bits/weight", "bits/weight, whole file", "greedy %", "sampled %", "operations at 2 bits"],
+                columns=[
+                    "model",
+                    "bits/weight",
+                    "bits/weight, whole file",
+                    "greedy %",
+                    "sampled %",
+                    "operations at 2 bits",
+                ],
                 rows=rows,
                 note=f"every {options.group_size} rows share a table; the embedding is int8 per channel",
             )
@@ -101,9 +121,7 @@ def _palettize(ctx: Context, options: QuantizeStage, source: Policy) -> dict[str
     storage = {name: {bits: p.storage_bits for bits, p in by.items()} for name, by in candidates.items()}
     made = {}
     for target in options.bits_per_weight:
-        chosen = allocate(
-            errors, storage, num_weights=sum(w.size for w in weights.values()), target_bits_per_weight=target
-        )
+        chosen = allocate(errors, storage, num_weights=sum(w.size for w in weights.values()), target_bits_per_weight=target)
         palettized = {name: candidates[name][bits] for name, bits in chosen.bits.items()}
         folder = package_folder(ctx, target)
         quantized = quantize_params(artifact.params, palettized)
@@ -120,7 +138,12 @@ def _palettize(ctx: Context, options: QuantizeStage, source: Policy) -> dict[str
         policy = palettized_policy(ctx, target)
         save_artifact(policy.folder, dense, artifact.config, tokenizer_folder=str(ctx.tokenizer_folder))
         made[f"{target:g}"] = _facts(chosen, package)
-        ctx.metrics.log(stage=STAGE, task=f"{target:g}", step=0, values={"bits_per_weight": chosen.bits_per_weight, "error": chosen.error})
+        ctx.metrics.log(
+            stage=STAGE,
+            task=f"{target:g}",
+            step=0,
+            values={"bits_per_weight": chosen.bits_per_weight, "error": chosen.error},
+        )
     return made
 
 

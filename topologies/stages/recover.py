@@ -1,4 +1,4 @@
-"""Accuracy-recovery adapters (5.2, F): LoRA on the frozen palettized model, pre-training data first, post-training data next.
+"""Accuracy-recovery adapters (5.2, F): LoRA on the frozen palettized model, pre-training data, then post-training data.
 
 One adapter per rank for every package; the table has the shape of the paper's Table 10, normalised to the unquantised model.
 """
@@ -39,7 +39,14 @@ def run(ctx: Context, options: RecoverStage) -> StageResult:
     targets = ctx.topology.stage("quantize").bits_per_weight
     for target in targets:
         package = package_folder(ctx, target)
-        rows.append(_row(f"{target:g}", "quantised", measure(ctx, palettized_policy(ctx, target), max_tokens=ctx.max_tokens), dense))
+        rows.append(
+            _row(
+                f"{target:g}",
+                "quantised",
+                measure(ctx, palettized_policy(ctx, target), max_tokens=ctx.max_tokens),
+                dense,
+            )
+        )
         for rank in options.ranks:
             name = recovery_name(target, rank)
             adapter = train_adapter(
@@ -55,7 +62,9 @@ def run(ctx: Context, options: RecoverStage) -> StageResult:
             )
             publish_adapter(adapter, package, f"recovery-r{rank}")
             recovered = merged_policy(ctx, name=name, base=package, adapter=adapter)
-            rows.append(_row(f"{target:g}", f"recovered (rank {rank})", measure(ctx, recovered, max_tokens=ctx.max_tokens), dense))
+            rows.append(
+                _row(f"{target:g}", f"recovered (rank {rank})", measure(ctx, recovered, max_tokens=ctx.max_tokens), dense)
+            )
     kinds = list(dense.greedy_by_kind)
     return StageResult(
         name=STAGE,
@@ -71,7 +80,12 @@ def run(ctx: Context, options: RecoverStage) -> StageResult:
             )
         ],
         curves=[
-            Curve(title=f"Loss at {t:g} bits/weight", y=["nll"], tasks=[recovery_name(t, r) for r in options.ranks], unit="nats/token")
+            Curve(
+                title=f"Loss at {t:g} bits/weight",
+                y=["nll"],
+                tasks=[recovery_name(t, r) for r in options.ranks],
+                unit="nats/token",
+            )
             for t in targets
         ],
     )

@@ -28,9 +28,7 @@ HELD_OUT_FRACTION = 0.15
 
 def split(preferences: Sequence[Preference]) -> tuple[list[Preference], list[Preference]]:
     """(training, held out) by a hash of the conversation: all pairs of a prompt fall on one side."""
-    held = [
-        is_held_out(conversation_key(p.prompt), fraction=HELD_OUT_FRACTION, salt="preferences") for p in preferences
-    ]
+    held = [is_held_out(conversation_key(p.prompt), fraction=HELD_OUT_FRACTION, salt="preferences") for p in preferences]
     training = [p for p, out in zip(preferences, held, strict=True) if not out]
     return training, [p for p, out in zip(preferences, held, strict=True) if out]
 
@@ -51,7 +49,11 @@ def train_reward_model(
         task=policy.name,
         objective="reward",
         optimizer=OptimizerSpec(
-            "adamw", options.learning_rate, warmup_steps=options.warmup_steps, total_steps=options.steps, end_fraction=0.1
+            "adamw",
+            options.learning_rate,
+            warmup_steps=options.warmup_steps,
+            total_steps=options.steps,
+            end_fraction=0.1,
         ),
         checkpoint_folder=str(ctx.checkpoints(policy.name)),
         init=str(start.folder),
@@ -61,9 +63,7 @@ def train_reward_model(
     )
     rows = preference_rows(ctx.tokenizer, preferences, length=options.sequence_length)
     batch = min(options.batch, len(preferences))
-    ctx.train(
-        job, stage=stage, policy=policy, steps=options.steps, batches=pair_batches(rows, batch=batch, seed=ctx.seed)
-    )
+    ctx.train(job, stage=stage, policy=policy, steps=options.steps, batches=pair_batches(rows, batch=batch, seed=ctx.seed))
 
 
 def reward_figures(ctx: Context, policy: Policy, held_out: Sequence[Preference], *, length: int) -> dict[str, float | None]:
@@ -107,7 +107,12 @@ def run(ctx: Context, options: RewardModelStage) -> StageResult:
     policy = ctx.policy("reward")
     training, held_out = split(ctx.data.preferences)
     train_reward_model(
-        ctx, options, training, stage="reward_model", start=ctx.policy("sft") if ctx.has("sft") else ctx.base, policy=policy
+        ctx,
+        options,
+        training,
+        stage="reward_model",
+        start=ctx.policy("sft") if ctx.has("sft") else ctx.base,
+        policy=policy,
     )
     figures = reward_figures(ctx, policy, held_out, length=options.sequence_length)
     return StageResult(

@@ -27,7 +27,13 @@ def run(ctx: Context, options: ServeStage) -> StageResult:
             Figure(label="models", value=", ".join(answers["models"]), note="the adapter is chosen by the model name"),
             Figure(label="streamed equals whole", value="yes" if answers["streamed_equal"] else "no"),
         ],
-        tables=[Table(title="Questions and answers through the openai client", columns=["question", "model", "answer"], rows=rows)],
+        tables=[
+            Table(
+                title="Questions and answers through the openai client",
+                columns=["question", "model", "answer"],
+                rows=rows,
+            )
+        ],
     )
 
 

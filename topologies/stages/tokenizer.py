@@ -11,7 +11,18 @@ from topologies.stage_options import TokenizerStage
 from topologies.stages.context import Context
 
 #: Texts no tokenizer of the paper's kind may change: spaces, newlines, digits, its own signs, other scripts, markers.
-HARD_TEXTS = ("", " ", "  a \n\n\tb\r\n", "\u2581", "x\u2581y", "3.14159", "<|user|>", "\u00e9e\u0301", "日本語 🙂", "\x00\x7f")
+HARD_TEXTS = (
+    "",
+    " ",
+    "  a \n\n\tb\r\n",
+    "\u2581",
+    "x\u2581y",
+    "3.14159",
+    "<|user|>",
+    "\u00e9e\u0301",
+    "日本語 🙂",
+    "\x00\x7f",
+)
 
 
 def run(ctx: Context, options: TokenizerStage) -> StageResult:

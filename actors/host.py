@@ -96,7 +96,8 @@ class InlineHandle:
         return _Done(f"{self.name}.{method}", self._host.run(method, kwargs, *args))
 
     def ping(self) -> Pending:
-        return _Done(f"{self.name}.ping", self._host.ping())
+        self._host.ping()
+        return _Done(f"{self.name}.ping", None)
 
     def stats(self) -> ActorStats:
         return self._host.stats()

@@ -9,6 +9,8 @@ Shapes: B batch, T time, D model, F ffn, N query heads, K kv heads, H head dim, 
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -76,16 +78,18 @@ def param_specs(config: ModelConfig) -> Params:
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
-    """Fresh parameters, one key per leaf in the tree's order."""
+    """Fresh parameters: one draw, cut up in the tree's order (a generator per shape would take seconds to compile)."""
     specs, tree = jax.tree.flatten(param_specs(config), is_leaf=lambda x: isinstance(x, ParamSpec))
-    keys = jax.random.split(key, len(specs))
+    sizes = [0 if spec.std is None else math.prod(spec.shape) for spec in specs]
+    draws = jax.random.normal(key, (sum(sizes),), dtype)
 
-    def start(spec: ParamSpec, key: jax.Array) -> jax.Array:
+    def start(spec: ParamSpec, offset: int) -> jax.Array:
         if spec.std is None:
             return jnp.ones(spec.shape, dtype)
-        return spec.std * jax.random.normal(key, spec.shape, dtype)
+        return spec.std * draws[offset : offset + math.prod(spec.shape)].reshape(spec.shape)
 
-    return jax.tree.unflatten(tree, [start(s, k) for s, k in zip(specs, keys, strict=True)])
+    offsets = itertools.accumulate(sizes, initial=0)
+    return jax.tree.unflatten(tree, [start(spec, offset) for spec, offset in zip(specs, offsets, strict=False)])
 
 
 def dense(x: jax.Array, weight: Any) -> jax.Array:

@@ -95,7 +95,7 @@ def _pieces(example: Example, length: int, too_long: str) -> Iterable[tuple[np.n
     return [(tokens[i : i + length], 0) for i in range(0, len(tokens) - 1, length)]
 
 
-def pad(examples: Sequence[Example], *, pad_id: int, multiple: int = 32, length: int | None = None) -> Batch:
+def pad(examples: Sequence[Example], *, pad_id: int, multiple: int = 16, length: int | None = None) -> Batch:
     """One example a row, right-padded to `length`, or to the longest one rounded up to `multiple`."""
     longest = max(len(example.tokens) for example in examples)
     length = length or -(-longest // multiple) * multiple

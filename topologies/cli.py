@@ -43,10 +43,12 @@ def _plan(args: argparse.Namespace) -> None:
     from topologies.plan import plan
     from topologies.schema import load_topology
 
-    result = plan(load_topology(args.file, args.set))
+    topology = load_topology(args.file, args.set)
+    result = plan(topology)
     if args.json:
-        print(json.dumps(result.to_json(), indent=2))
+        print(json.dumps({"topology": topology.resolved(), **result.to_json()}, indent=2))
         return
+    print(topology.to_yaml())
     from rich.console import Console
 
     from topologies.plan_view import print_plan

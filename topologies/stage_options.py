@@ -307,14 +307,13 @@ class EvaluateStage(StageOptions):
 
 
 class ServeStage(StageOptions):
-    """The OpenAI-compatible server: answers `questions`, then stops unless `keep`."""
+    """The OpenAI-compatible server: answers `questions`, then stops; `afm-rl serve RUN` keeps one up."""
 
     needs = ("SFT policy",)
     makes = ("server",)
     name: Literal["serve"] = "serve"
     questions: list[str] = ["What is 37 + 25?"]
     max_tokens: Count = 32
-    keep: bool = False
 
 
 AnyStage = Annotated[

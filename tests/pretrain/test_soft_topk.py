@@ -104,7 +104,7 @@ def test_solution_maximises_the_objective() -> None:
     rng = np.random.default_rng(4)
     scores, k, eps = rng.normal(size=20), 6.0, 0.7
     with jax.enable_x64(True):
-        mask = np.asarray(soft_topk(jnp.asarray(scores), k, eps))
+        mask = np.asarray(solve(jnp.asarray(scores), k, eps))
 
     def objective(l: np.ndarray) -> float:  # noqa: E741
         return float(scores @ l - eps * np.sum(l * np.log(np.maximum(l, 1e-300))))

@@ -40,8 +40,8 @@ def test_allocation_is_optimal(target: float) -> None:
 def test_target_is_a_ceiling_used_up_to_one_operation() -> None:
     """Guards incommensurable sizes (the budget is rounded to units): never above, less than one operation unspent."""
     rng = np.random.default_rng(0)
-    sizes = {f"op{i}": int(rng.integers(1e6, 1e7)) for i in range(60)}
-    error = {n: {2: float(e), 4: float(e) / 16} for n, e in zip(sizes, rng.gamma(0.3, size=60), strict=True)}
+    sizes = {f"op{i}": int(10 ** rng.uniform(4, 7)) for i in range(200)}
+    error = {n: {2: float(e), 4: float(e) / 16} for n, e in zip(sizes, rng.gamma(0.3, size=200), strict=True)}
     storage = {n: {2: 2 * size + 977, 4: 4 * size + 3917} for n, size in sizes.items()}
     for target in (2.6, 3.5, 3.7):
         result = allocate(error, storage, num_weights=sum(sizes.values()), target_bits_per_weight=target)

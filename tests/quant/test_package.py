@@ -30,9 +30,9 @@ from quant.package import (
 from quant.palettize import palettize
 from quant.recovery import palettize_operations, quantize_params, stack, unstack
 
-CONFIG = ModelConfig(32, 16, 24, 3, 4, 2, 8)
+CONFIG = ModelConfig(32, 16, 24, 2, 4, 2, 8)
 #: Layers of one projection with different bits: every second operation is pushed to 2.
-BITS = {name: 4 if i % 2 else 2 for i, name in enumerate(operation_names(3))}
+BITS = {name: 4 if i % 2 else 2 for i, name in enumerate(operation_names(2))}
 TOKENS = np.arange(10).reshape(1, 10)
 
 
@@ -48,7 +48,7 @@ def random_params(config: ModelConfig = CONFIG) -> dict[str, Any]:
 def random_adapter(rank: int = 4) -> dict[str, Any]:
     rng = np.random.default_rng(1)
     factors = {
-        name: {"a": rng.normal(size=(3, rank, fan_in)), "b": 0.1 * rng.normal(size=(3, out, rank))}
+        name: {"a": rng.normal(size=(2, rank, fan_in)), "b": 0.1 * rng.normal(size=(2, out, rank))}
         for name, (out, fan_in) in projection_shapes(CONFIG).items()
     }
     return {"layers": jax.tree.map(lambda leaf: leaf.astype(np.float32), factors)}
@@ -85,7 +85,7 @@ def flip_bit(path: Path, at: int) -> None:
 def test_quantized_tree_holds_each_operation(params: dict[str, Any], quantized: dict[str, Any]) -> None:
     """Guards the stacking of layers with different bits: each dequantises to its own palettized matrix."""
     assert isinstance(quantized["layers"]["q"], PalettizedWeight)
-    assert quantized["layers"]["q"].lut.shape == (3, 4, 16)
+    assert quantized["layers"]["q"].lut.shape == (2, 4, 16)
     plain = operations(dequantize_params(quantized))
     for name, weight in operations(params).items():
         expected = palettize(weight, bits=BITS[name], group_size=8)
@@ -101,8 +101,8 @@ def test_quantized_tree_holds_each_operation(params: dict[str, Any], quantized: 
 def test_quantize_params_names_what_is_missing(params: dict[str, Any]) -> None:
     """Guards incomplete work of the quantizer actors, and matrices of another model."""
     done = palettize_operations(params, BITS)
-    with pytest.raises(ValueError, match=r"layers\.2\.up has not been palettized"):
-        quantize_params(params, {name: p for name, p in done.items() if name != "layers.2.up"})
+    with pytest.raises(ValueError, match=r"layers\.1\.up has not been palettized"):
+        quantize_params(params, {name: p for name, p in done.items() if name != "layers.1.up"})
     with pytest.raises(ValueError, match=r"layers\.0\.o is \(16, 32\), its indices \(32, 16\)"):
         quantize_params(params, {**done, "layers.0.o": done["layers.0.q"]})
     with pytest.raises(ValueError, match="one group size"):
@@ -164,7 +164,7 @@ def test_sizes_are_what_is_on_disk(folder: Path) -> None:
     """Guards the two figures: projections with tables by the formula, and the file by its real size."""
     package = read_package(folder)
     total = weights = 0
-    for name in operation_names(3):
+    for name in operation_names(2):
         out, fan_in = projection_shapes(CONFIG)[name.split(".")[2]]
         total += out * fan_in * BITS[name] + (out // 8) * 2 ** BITS[name] * 16
         weights += out * fan_in
@@ -225,10 +225,10 @@ def test_adapter_round_trip_in_peft_layout(tmp_path: Path, quantized: dict[str, 
     lora = random_adapter()
     write_adapter(tmp_path / "summary", lora, rank=4, alpha=8.0)
     stored = read_safetensors(tmp_path / "summary" / "adapter_model.safetensors")
-    assert len(stored) == 3 * 7 * 2
+    assert len(stored) == 2 * 7 * 2
     a = stored["base_model.model.model.layers.1.self_attn.o_proj.lora_A.weight"]
     np.testing.assert_array_equal(a, lora["layers"]["o"]["a"][1].astype(np.float16))
-    assert stored["base_model.model.model.layers.2.mlp.down_proj.lora_B.weight"].shape == (16, 4)
+    assert stored["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"].shape == (16, 4)
     options = json.loads((tmp_path / "summary" / "adapter_config.json").read_text())
     assert (options["peft_type"], options["r"], options["lora_alpha"]) == ("LORA", 4, 8.0)
     assert options["target_modules"] == [f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")]

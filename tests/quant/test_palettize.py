@@ -1,4 +1,4 @@
-"""Palettization against an exact dynamic programme in extended precision, and at the edges of what weights can be."""
+"""Palettization against an exact dynamic programme, and at the edges of what weights can be."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ import pytest
 from quant.kmeans import kmeans_1d
 from quant.palettize import palettize, quantize_embedding, storage_bits
 
-RNG = np.random.default_rng(0)
-
 
 def exact_error(x: np.ndarray, k: int, w: np.ndarray | None = None) -> float:
-    """Least weighted squared error of k intervals, by O(n^2 k) dynamic programming."""
-    order = np.argsort(x)
-    x = x[order].astype(np.longdouble)
-    w = np.ones(len(x), np.longdouble) if w is None else w[order].astype(np.longdouble)
-    z = x - np.median(x)
-    s0, s1, s2 = (np.concatenate([[0], np.cumsum(w * z**p)]) for p in range(3))
-    weight, first, second = (s[None, :] - s[:, None] for s in (s0, s1, s2))
-    with np.errstate(all="ignore"):
-        cost = np.maximum(np.where(weight > 0, second - first**2 / weight, 0), 0)
-    cost[np.tril_indices(len(x) + 1, -1)] = np.inf
+    """Least weighted squared error of k intervals: O(n^2 k) dynamic programming over Welford's exact interval errors."""
+    order, n = np.argsort(x), len(x)
+    x, w = x[order].astype(np.float64), np.ones(n) if w is None else w[order]
+    cost = np.full((n + 1, n + 1), np.inf)  # cost[i, j]: x[i:j] as one cluster
+    np.fill_diagonal(cost, 0.0)
+    weight, mean, error = np.zeros(n), np.zeros(n), np.zeros(n)
+    for j in range(n):
+        started = slice(0, j + 1)
+        weight[started] += w[j]
+        off = x[j] - mean[started]
+        mean[started] += off * w[j] / weight[started]
+        error[started] += w[j] * off * (x[j] - mean[started])
+        cost[started, j + 1] = error[started]
     best = cost[0]
     for _ in range(k - 1):
         best = (best[:, None] + cost).min(axis=0)
@@ -29,7 +30,7 @@ def exact_error(x: np.ndarray, k: int, w: np.ndarray | None = None) -> float:
 
 
 def error_of(x: np.ndarray, centres: np.ndarray, w: np.ndarray | None = None) -> float:
-    squares = np.square(x[:, None].astype(np.longdouble) - centres).min(axis=1)
+    squares = np.square(x[:, None].astype(np.float64) - centres).min(axis=1)
     return float((squares if w is None else squares * w).sum())
 
 
@@ -42,25 +43,29 @@ def lloyd(x: np.ndarray, k: int) -> np.ndarray:
     return centres
 
 
-def draw(name: str, n: int) -> np.ndarray:
-    normal = RNG.normal(size=n)
+def draw(name: str, n: int, rng: np.random.Generator) -> np.ndarray:
+    normal = rng.normal(size=n)
     return {
         "normal": normal,
-        "heavy": RNG.standard_t(2, size=n),
-        "uniform": RNG.random(n),
+        "heavy": rng.standard_t(2, size=n),
+        "uniform": rng.random(n),
         "outliers": np.concatenate([1e-3 * normal[5:], 1e3 * normal[:5]]),
+        "far outliers": np.concatenate([1e-3 * normal[3:], [-1e6, -1.1e6, 2e6]]),
         "far from zero": 1 + 1e-3 * normal,
         "tiny": 1e-30 * normal,
         "coarse": np.round(16 * normal) / 16,
-        "modes": RNG.choice(RNG.normal(size=24), n) + 1e-3 * normal,
+        "modes": rng.choice(rng.normal(size=24), n) + 1e-3 * normal,
     }[name]
 
 
 @pytest.mark.parametrize("k", [4, 16])
-@pytest.mark.parametrize("name", ["normal", "heavy", "uniform", "outliers", "far from zero", "tiny", "coarse", "modes"])
+@pytest.mark.parametrize(
+    "name", ["normal", "heavy", "uniform", "outliers", "far outliers", "far from zero", "tiny", "coarse", "modes"]
+)
 def test_kmeans_is_near_the_exact_optimum(name: str, k: int) -> None:
     """Guards the coarse-to-fine search on every kind of weights: within 1 % of the optimum, no worse than Lloyd."""
-    groups = np.stack([draw(name, 300) for _ in range(4)])
+    rng = np.random.default_rng(0)
+    groups = np.stack([draw(name, 300, rng) for _ in range(4)])
     for x, centres in zip(groups, kmeans_1d(groups, k), strict=True):
         error = error_of(x, centres)
         assert error <= 1.01 * exact_error(x, k) + 1e-300
@@ -70,8 +75,9 @@ def test_kmeans_is_near_the_exact_optimum(name: str, k: int) -> None:
 
 def test_kmeans_weighs_by_importance() -> None:
     """Guards weighted means and boundaries, with weights over six decades and with a few clumps of heavy values."""
-    x = np.sort(RNG.normal(size=(2, 400)), axis=1)
-    w = np.stack([np.exp(3 * RNG.normal(size=400)), np.where(np.arange(400) % 100 < 6, 1e4, 1.0)])
+    rng = np.random.default_rng(1)
+    x = np.sort(rng.normal(size=(2, 400)), axis=1)
+    w = np.stack([np.exp(3 * rng.normal(size=400)), np.where(np.arange(400) % 100 < 6, 1e4, 1.0)])
     for row, centres in enumerate(kmeans_1d(x, 16, w)):
         best = exact_error(x[row], 16, w[row])
         assert error_of(x[row], centres, w[row]) <= 1.01 * best
@@ -80,7 +86,7 @@ def test_kmeans_weighs_by_importance() -> None:
 
 def test_large_groups_agree_with_small_ones() -> None:
     """Guards the fine windows and the chunks of groups: 5,000 values, each repeated, cost as the distinct ones do."""
-    x = RNG.normal(size=(3, 500))
+    x = np.random.default_rng(2).normal(size=(3, 500))
     repeated = kmeans_1d(np.repeat(x, 10, axis=1), 16)
     for row in range(3):
         assert 10 * error_of(x[row], repeated[row]) <= 1.01 * 10 * exact_error(x[row], 16)
@@ -100,7 +106,7 @@ def test_four_bits_by_hand() -> None:
 @pytest.mark.parametrize("axis", [0, 1])
 def test_groups_share_tables_along_the_axis(axis: int) -> None:
     """Guards the axis, a short last group, and the storage formula that the allocation relies on."""
-    weight = RNG.normal(size=(20, 28)).astype(np.float32)
+    weight = np.random.default_rng(3).normal(size=(20, 28)).astype(np.float32)
     result = palettize(weight, bits=3, group_size=16, axis=axis)
     assert result.lut.shape == (2, 8)
     assert result.storage_bits == storage_bits((20, 28), bits=3, group_size=16, axis=axis) == 20 * 28 * 3 + 2 * 8 * 16
@@ -114,23 +120,24 @@ def test_groups_share_tables_along_the_axis(axis: int) -> None:
 
 
 def test_importance_protects_what_matters() -> None:
-    """Guards the importance's path through the groups: marked weights come out closer, zero importance is allowed."""
-    weight = RNG.normal(size=(32, 64)).astype(np.float32)
-    importance = np.where(RNG.random((32, 64)) < 0.02, 1.0, 0.0)
+    """Guards the importance's path through the groups: marked weights come out closer; a group may have none at all."""
+    weight = np.random.default_rng(4).normal(size=(32, 64)).astype(np.float32)
+    importance = np.where(np.abs(weight - 1) < 0.3, 1.0, 0.0)
     importance[16:] = 0.0
     marked = importance > 0
     squared = np.square(palettize(weight, bits=2, importance=importance).dequantize() - weight)
     plain = np.square(palettize(weight, bits=2).dequantize() - weight)
-    assert squared[marked].sum() < 0.5 * plain[marked].sum()
+    assert squared[marked].sum() < 0.1 * plain[marked].sum()
     np.testing.assert_allclose(squared[16:].sum(), plain[16:].sum(), rtol=1e-2)
 
 
 def test_degenerate_matrices() -> None:
     """Guards constants, zeros, fewer values than table entries, a single weight, signed zeros, and other dtypes."""
-    for weight in (np.zeros((16, 8)), np.full((16, 8), 0.25), np.array([[1.0]]), RNG.normal(size=(1, 7)).astype("f2")):
+    rng = np.random.default_rng(5)
+    for weight in (np.zeros((16, 8)), np.full((16, 8), 0.25), np.array([[1.0]]), rng.normal(size=(1, 7)).astype("f2")):
         np.testing.assert_array_equal(palettize(weight, bits=4).dequantize(), weight)
     np.testing.assert_array_equal(palettize(np.array([[-0.0, 0.0, 1.0, -1.0]]), bits=2).dequantize(), [[0, 0, 1, -1]])
-    tiny = 1e-30 * RNG.normal(size=(16, 32)).astype(np.float32)
+    tiny = 1e-30 * rng.normal(size=(16, 32)).astype(np.float32)
     error = np.square(palettize(tiny, bits=4, lut_dtype="float32").dequantize() / 1e-30 - tiny / 1e-30).mean()
     assert error < 0.01
     assert np.abs(palettize(tiny, bits=4).dequantize()).max() == 0  # below what float16 resolves
@@ -138,7 +145,7 @@ def test_degenerate_matrices() -> None:
 
 def test_damaged_weights_and_bad_options_are_refused() -> None:
     """Guards against a silent NaN: first position named; overflow of the table; options out of range."""
-    weight = RNG.normal(size=(16, 8))
+    weight = np.random.default_rng(6).normal(size=(16, 8))
     damaged = weight.copy()
     damaged[3, 5] = np.nan
     with pytest.raises(ValueError, match=r"1 weights are NaN or infinite, the first at \(3, 5\)"):
@@ -161,7 +168,10 @@ def test_damaged_weights_and_bad_options_are_refused() -> None:
 
 def test_int8_embedding() -> None:
     """Guards the scale per row: error at most half a step of that row, however large the others; rows of zeros."""
-    weight = RNG.normal(size=(6, 32)).astype(np.float32) * np.array([1, 1e-3, 1e3, 0, 5, 1e-20], np.float32)[:, None]
+    weight = (
+        np.random.default_rng(7).normal(size=(6, 32)).astype(np.float32)
+        * np.array([1, 1e-3, 1e3, 0, 5, 1e-20], np.float32)[:, None]
+    )
     result = quantize_embedding(weight)
     assert result.values.dtype == np.int8
     assert (np.abs(result.values).max(axis=1)[[0, 1, 2, 4]] == 127).all()

@@ -1,0 +1,117 @@
+"""The whole system on smoke.yaml: every stage, resumed after SIGKILL, on the user's own files, and under another launcher."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from afm_rl.worlds.python_world import build_world
+from topologies.schema import load_topology
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+SMOKE = ROOT / "topologies" / "smoke.yaml"
+#: Seconds that no launch of smoke.yaml may take, however loaded the machine.
+LIMIT_S = 900
+
+
+def command(run_root: Path, *options: str) -> list[str]:
+    """A launch of smoke.yaml in a folder of the test's own."""
+    sets = [f"run_root={run_root}", "deterministic=true", *options]
+    arguments = [part for option in sets for part in ("--set", option)]
+    return [sys.executable, "-m", "topologies.cli", "launch", str(SMOKE), "--resume", *arguments]
+
+
+def environment(cache: Path) -> dict[str, str]:
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+
+
+def numbers(run: Path) -> dict[str, object]:
+    """Every figure and table of a run's report but the ones that are times."""
+    report = json.loads((run / "report.json").read_text())
+    return {s["name"]: [s["figures"], s["tables"]] for s in report["stages"]}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """Compiled programs, shared by the launches of this module."""
+    return tmp_path_factory.mktemp("jax-cache")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, cache) -> Path:
+    """The run folder of smoke.yaml, inline, never interrupted."""
+    root = tmp_path_factory.mktemp("whole")
+    subprocess.run(command(root, "launcher=inline"), check=True, timeout=LIMIT_S, env=environment(cache), cwd=root)
+    return root / "smoke"
+
+
+def test_every_stage_leaves_a_figure_and_a_page(uninterrupted):
+    """Guards the report: each stage of the topology is in it, with figures, and the page stands alone."""
+    stages = numbers(uninterrupted)
+    assert list(stages) == load_topology(SMOKE).stage_names
+    assert all(figures for figures, _ in stages.values())
+    page = (uninterrupted / "report.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org/", "").replace("http://127.0.0.1", "")
+
+
+def test_killed_three_times_it_ends_with_the_same_numbers(uninterrupted, cache, tmp_path):
+    """Guards the resume: SIGKILL at three random moments, then --resume, gives what an uninterrupted run gives."""
+    rng = np.random.default_rng(20)
+    launch = command(tmp_path, "launcher=inline")
+    for _ in range(3):
+        process = subprocess.Popen(launch, env=environment(cache), cwd=tmp_path, stdout=subprocess.DEVNULL)
+        journal, before = tmp_path / "smoke" / "journal.msgpack", time.monotonic()
+        grown = (journal.stat().st_size if journal.exists() else 0) + int(rng.integers(1, 4000))
+        # By the journal's growth rather than by the clock: a moment that is random, but in every machine's run.
+        while process.poll() is None and not (journal.exists() and journal.stat().st_size > grown):
+            assert time.monotonic() - before < LIMIT_S
+            time.sleep(0.02)
+        time.sleep(float(rng.uniform(0, 2.0)))
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=30)
+    subprocess.run(launch, check=True, timeout=LIMIT_S, env=environment(cache), cwd=tmp_path)
+    assert numbers(tmp_path / "smoke") == numbers(uninterrupted)
+
+
+def test_a_finished_run_is_left_alone(uninterrupted, cache):
+    """Guards `make run` being repeatable: a second launch says so and changes nothing."""
+    before = (uninterrupted / "report.json").stat().st_mtime_ns
+    done = subprocess.run(
+        command(uninterrupted.parent, "launcher=inline"),
+        check=True,
+        timeout=LIMIT_S,
+        env=environment(cache),
+        cwd=uninterrupted.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert "every stage is done" in done.stdout
+    assert (uninterrupted / "report.json").stat().st_mtime_ns == before
+
+
+def test_under_ray_the_numbers_are_the_same(uninterrupted, cache, tmp_path):
+    """Guards the launchers: deterministic, inline and local Ray give the same bits in every figure."""
+    launch = command(tmp_path, "launcher=local")
+    done = subprocess.run(
+        launch, check=True, timeout=LIMIT_S, env=environment(cache), cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "dashboard http" in done.stdout
+    assert numbers(tmp_path / "smoke") == numbers(uninterrupted)
+
+
+def test_the_users_own_files_run_the_same_stages(cache, tmp_path):
+    """Guards `data.files`: JSONL and text files go through every stage that the embedded world goes through."""
+    sizes = load_topology(SMOKE).data.sizes.model_dump()
+    paths = build_world(seed=1, **sizes).write_files(tmp_path / "data")
+    paths.pop("heldout_documents")
+    launch = command(tmp_path, "launcher=inline", "name=mine", f"data={json.dumps({'files': paths})}")
+    subprocess.run(launch, check=True, timeout=LIMIT_S, env=environment(cache), cwd=tmp_path)
+    assert list(numbers(tmp_path / "mine")) == load_topology(SMOKE).stage_names

@@ -49,6 +49,7 @@ def write_corpus(path: Path, documents: Iterable[str], tokenizer: Encoder) -> in
     """Tokenise `documents` into PATH.bin and PATH.json; returns the number of tokens. The header is written last."""
     dtype = np.uint16 if tokenizer.vocab_size <= 65_536 else np.uint32
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").unlink(missing_ok=True)  # an older header must not vouch for half of a new file
     offsets = [0]
     with open(path.with_suffix(".bin"), "wb") as file:
         for text in documents:

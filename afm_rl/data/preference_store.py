@@ -1,7 +1,7 @@
-"""Collected preferences of a run, in one SQLite file: what annotators said, by batch, written once and kept.
+"""Collected preferences of a run, in one SQLite file: what annotators said, by batch, and kept.
 
-A batch (an iTeC round, a file) is written in one transaction, so that a kill leaves all of it or none; writing a batch that
-is there already changes nothing. Records are stored as the JSON of `afm_rl/data/records.py`.
+A batch (an iTeC round, a file) is written in one transaction, so that a kill leaves all of it or none; written again, it
+replaces itself. Records are stored as the JSON of `afm_rl/data/records.py`.
 """
 
 from __future__ import annotations

@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 from actors.learner import Learner, TrainingJob
 from actors.metrics import Metrics
 from afm_rl.packing import PackedRows
@@ -55,11 +53,10 @@ class PretrainPlan:
 
 @dataclass(frozen=True)
 class PhaseResult:
-    """Held-out loss per domain in nats per token, before the first phase and after each."""
+    """Held-out loss per domain in nats per token after a phase, and the tokens it trained on."""
 
     name: str
     losses: dict[str, float]
-    train_loss: float
     tokens: int
 
 
@@ -122,17 +119,11 @@ def _run_phase(
     }
     batches = mixture_batches(rows, phase.mixture, batch=phase.batch, seed=phase.seed)
     start = learner.begin(phase.job)
-    last: list[float] = []
     for first in range(start, phase.steps, STEPS_PER_CALL):
         steps = range(first, min(first + STEPS_PER_CALL, phase.steps))
         measured = learner.train([batches(step) for step in steps])
         for step, values in zip(steps, measured, strict=True):
             metrics.log(stage=plan.stage, task=phase.job.task, step=step, values=values)
-        last = [*last, *(values["nll"] for values in measured)][-max(1, phase.steps // 10) :]
     learner.export(phase.export, plan.tokenizer_folder)
-    return PhaseResult(
-        phase.name,
-        learner.held_out_losses(held_out),
-        float(np.mean(last)) if last else float("nan"),
-        phase.steps * phase.batch * phase.sequence_length,
-    )
+    tokens = phase.steps * phase.batch * phase.sequence_length
+    return PhaseResult(phase.name, learner.held_out_losses(held_out), tokens)

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from afm_rl.config import ModelConfig
-from afm_rl.generate import Generator, NoWeightsError, request_seed
+from afm_rl.generate import Generator, NoWeightsError, _Batch, _sample, _stream_keys, request_seed
 from afm_rl.model import Params, ParamSpec, forward, logits, param_specs
 from afm_rl.types import GenerationRequest, Group
 
@@ -142,7 +143,7 @@ def test_streamed_tokens_are_counted() -> None:
     assert (generator.stats.prompt_tokens, generator.stats.response_tokens) == (3, len(tokens))
     left = generator.stream(request)
     next(left)
-    left.close()
+    left.close()  # type: ignore[attr-defined]
     assert (generator.stats.prompt_tokens, generator.stats.batches) == (6, 2)
 
 
@@ -195,7 +196,7 @@ def test_draws_follow_the_distribution() -> None:
     np.add.at(counts, tuple(draw(params, request).T), 1)
 
     rows = np.array([[*prompt, v] for v in range(6)])
-    scores = jax.jit(lambda p: logits(p, forward(p, rows, config=TOY)[0], TOY))(params)
+    scores = jax.jit(lambda p: logits(p, forward(p, jnp.asarray(rows), config=TOY)[0], TOY))(params)
     scores = np.asarray(scores, np.float64)[:, 2:] / temperature
     p = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     expected = DRAWS * p[0, 0][:, None] * p[:, 1]
@@ -210,6 +211,18 @@ def test_a_token_without_probability_is_never_drawn() -> None:
     params["embed"]["weight"][:, 0] = [-400.0, 1.0, 1.0, 1.0, 1.0, -400.0]
     tokens = draw(params, ask([1], max_tokens=16, num_responses=DRAWS))
     np.testing.assert_array_equal(np.unique(tokens), [1, 2, 3, 4])
+
+
+@pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (0.499, 1), (0.5, 3), (1 - 2**-24, 3)])
+def test_the_ends_of_the_uniform(monkeypatch: pytest.MonkeyPatch, uniform: float, token: int) -> None:
+    """Guards a draw of exactly 0, of a boundary, and of the largest float below 1: impossible tokens are jumped over."""
+    monkeypatch.setattr(jax.random, "uniform", lambda key: jnp.float32(uniform) + 0 * jax.random.key_data(key)[0])
+    half = np.log([0.0, 0.5, 0.0, 0.5, 0.0], where=[False, True, False, True, False], out=np.full(5, -np.inf))
+    one = jnp.ones(1, jnp.int32)
+    batch = _Batch(one, one, jnp.ones(1), _stream_keys(jnp.zeros((1, 1, 2), jnp.uint32)), one)
+    found, logp = _sample(jnp.asarray(half, jnp.float32)[None, None], batch, jnp.int32(0))
+    assert int(found[0, 0]) == token
+    assert float(logp[0, 0]) == pytest.approx(np.log(0.5))
 
 
 def test_seeds_and_responses_have_their_own_streams(generator: Generator) -> None:

@@ -29,6 +29,8 @@ from afm_rl.model import (
 )
 
 CONFIG = ModelConfig(19, 16, 24, 2, 4, 2, 6, rope_base=100.0, max_positions=64)
+#: Where the number of layers does not matter, one compiles faster.
+SHALLOW = CONFIG.replace(num_layers=1)
 TOKENS = np.random.default_rng(0).integers(0, 19, size=(2, 9)).astype(np.int32)
 
 
@@ -90,10 +92,9 @@ def np_forward(params: Params, tokens_T: np.ndarray, c: ModelConfig) -> np.ndarr
     return np_norm(x, w["final_norm"], c.norm_eps) @ table.T
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_logits_match_the_float64_reference(tied: bool) -> None:
+@pytest.mark.parametrize("config", [CONFIG, SHALLOW.replace(tie_embeddings=False)], ids=["tied", "untied"])
+def test_logits_match_the_float64_reference(config: ModelConfig) -> None:
     """Guards every piece of the architecture and their order: QK-norm before RoPE, pre-norm, SwiGLU, output table."""
-    config = CONFIG.replace(tie_embeddings=tied)
     params = random_params(config)
     expected = [np_forward(params, row, config) for row in TOKENS]
     found = run(params, TOKENS, config=config)
@@ -102,7 +103,7 @@ def test_logits_match_the_float64_reference(tied: bool) -> None:
 
 
 def test_packed_documents_equal_documents_alone(params: Params) -> None:
-    """Guards pre-training on packed rows: segments and restarted positions; without segments the result differs."""
+    """Guards pre-training on packed rows: segments and given positions; without segments the result differs."""
     short, long = TOKENS[0, :4], TOKENS[1, :6]
     row = np.concatenate([short, long, [0, 0]])[None]
     segments = np.array([[1] * 4 + [2] * 6 + [0] * 2])
@@ -110,6 +111,8 @@ def test_packed_documents_equal_documents_alone(params: Params) -> None:
     packed = run(params, row, positions_BT=positions, segments_BT=segments)[0]
     np.testing.assert_allclose(packed[:4], np_forward(params, short, CONFIG), atol=1e-4)
     np.testing.assert_allclose(packed[4:10], np_forward(params, long, CONFIG), atol=1e-4)
+    stretched = run(params, row, positions_BT=3 * positions, segments_BT=segments)[0]
+    assert np.abs(stretched - packed)[1:4].max() > 0.01
     leaky = run(params, row, positions_BT=positions, segments_BT=np.ones_like(segments))[0]
     assert np.abs(leaky - packed)[4:10].max() > 0.01
 
@@ -127,7 +130,7 @@ def test_a_scanned_model_equals_an_unrolled_one(params: Params, monkeypatch: pyt
     """Guards deep models, whose layers are scanned where small ones are unrolled, and the cache's shape in both."""
 
     def hidden_and_keys() -> tuple[jax.Array, jax.Array]:
-        hidden, (k, _) = jax.jit(lambda p: forward(p, TOKENS, config=CONFIG, keep_cache=True))(params)
+        hidden, (k, _) = jax.jit(lambda p: forward(p, jnp.asarray(TOKENS), config=CONFIG, keep_cache=True))(params)
         return hidden, k
 
     unrolled, k = hidden_and_keys()
@@ -138,11 +141,11 @@ def test_a_scanned_model_equals_an_unrolled_one(params: Params, monkeypatch: pyt
     assert k.shape == (2, *TOKENS.shape, CONFIG.num_kv_heads, CONFIG.head_dim)
 
 
-def test_the_module_is_the_function(params: Params) -> None:
+def test_the_module_is_the_function() -> None:
     """Guards the object that users hold: `model(tokens)` is forward and logits."""
-    model = Transformer(CONFIG, params)
-    found = nnx.jit(lambda model, tokens: model(tokens))(model, TOKENS)
-    np.testing.assert_allclose(found, run(params, TOKENS), atol=1e-6)
+    params = random_params(SHALLOW)
+    found = nnx.jit(lambda model, tokens: model(tokens))(Transformer(SHALLOW, params), TOKENS)
+    np.testing.assert_allclose(found, run(params, TOKENS, config=SHALLOW), atol=1e-6)
 
 
 def test_rms_norm_by_hand() -> None:
@@ -179,17 +182,20 @@ def test_dropout_keeps_the_mean() -> None:
     assert dropout(x, 0.0, jax.random.key(0)) is x
 
 
-def test_dropout_in_the_model_follows_its_key(params: Params) -> None:
+def test_dropout_in_the_model_follows_its_key() -> None:
     """Guards resumable training: one key gives one result, another key another."""
-    first, again, other = (np.asarray(run(params, TOKENS, dropout_rate=0.1, key=jax.random.key(seed))) for seed in (0, 0, 1))
+    params = random_params(SHALLOW)
+    first, again, other = (
+        np.asarray(run(params, TOKENS, config=SHALLOW, dropout_rate=0.1, key=jax.random.key(seed))) for seed in (0, 0, 1)
+    )
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
-    assert (first != np.asarray(run(params, TOKENS))).any()
+    assert (first != np.asarray(run(params, TOKENS, config=SHALLOW))).any()
 
 
-def test_an_adapter_on_the_model_equals_the_merged_model(params: Params) -> None:
+def test_an_adapter_on_the_model_equals_the_merged_model() -> None:
     """Guards the dispatch of `dense` on LoRA leaves under the scan over layers."""
-    rng = np.random.default_rng(3)
+    params, rng = random_params(SHALLOW), np.random.default_rng(3)
     shapes = {name: params["layers"][name].shape for name in PROJECTIONS}
     lora = {
         name: {
@@ -199,17 +205,18 @@ def test_an_adapter_on_the_model_equals_the_merged_model(params: Params) -> None
         for name, (L, out, fan_in) in shapes.items()
     }
     merged = {name: params["layers"][name] + 2.0 * np.matmul(factors["b"], factors["a"]) for name, factors in lora.items()}
-    found = run(attach(params, {"layers": lora}, alpha=4.0, rank=2), TOKENS)
-    expected = run({**params, "layers": {**params["layers"], **merged}}, TOKENS)
+    found = run(attach(params, {"layers": lora}, alpha=4.0, rank=2), TOKENS, config=SHALLOW)
+    expected = run({**params, "layers": {**params["layers"], **merged}}, TOKENS, config=SHALLOW)
     np.testing.assert_allclose(found, expected, atol=1e-4)
-    assert np.abs(found - run(params, TOKENS)).max() > 0.1
+    assert np.abs(found - run(params, TOKENS, config=SHALLOW)).max() > 0.1
 
 
-def test_bfloat16_compute_is_close(params: Params) -> None:
+def test_bfloat16_compute_is_close() -> None:
     """Guards mixed precision: logits in float32, within bfloat16's error of the exact ones, but not equal to them."""
-    found = run(params, TOKENS, compute_dtype=jnp.bfloat16)
+    params = random_params(SHALLOW)
+    found = run(params, TOKENS, config=SHALLOW, compute_dtype=jnp.bfloat16)
     assert found.dtype == jnp.float32
-    error = np.abs(found - run(params, TOKENS)).max()
+    error = np.abs(found - run(params, TOKENS, config=SHALLOW)).max()
     assert 1e-4 < error < 0.15
 
 

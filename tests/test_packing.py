@@ -75,7 +75,7 @@ def test_taking_rows_keeps_the_four_arrays_together() -> None:
 
 def test_padding_rounds_up() -> None:
     """Guards the number of compiled shapes, and the refusal of a row that does not fit."""
-    batch = pad([Example([1] * 33), Example([2])], pad_id=9)
+    batch = pad([Example([1] * 33), Example([2])], pad_id=9, multiple=32)
     assert batch["tokens_BT"].shape == (2, 64)
     np.testing.assert_array_equal(batch["tokens_BT"][1], [2] + [9] * 63)
     np.testing.assert_array_equal(batch["mask_BT"].sum(1), [32, 0])

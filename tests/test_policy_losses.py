@@ -152,7 +152,7 @@ def test_reward_loss_reads_pairs_and_grades() -> None:
     }
     params = {"trunk": PARAMS, "heads": {**heads, "reward": rng.normal(size=(1, 8)).astype(np.float32)}}
     batch = reward_batch()
-    scores = jax.jit(lambda p: score(p, batch["tokens_BT"], batch["length_B"], config=CONFIG))(params)
+    scores = jax.jit(score, static_argnames="config")(params, batch["tokens_BT"], batch["length_B"], config=CONFIG)
     reward = np.asarray(scores.reward_B, np.float64)
     margin, p = reward[:2] - reward[2:], np.array([0.95, 0.65])
     ranking = (p * np.log1p(np.exp(-margin)) + (1 - p) * np.log1p(np.exp(margin))).mean()

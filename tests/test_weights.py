@@ -65,7 +65,7 @@ def test_one_flipped_bit_is_found(dtype: str) -> None:
 def test_the_layout_is_part_of_the_digest() -> None:
     """Guards against equal bytes under another shape, name or dtype."""
     values = np.arange(6, dtype=np.float32)
-    trees = [{"a": values}, {"a": values.reshape(2, 3)}, {"b": values}, {"a": values.view(np.uint32)}]
+    trees: list[dict[str, Any]] = [{"a": values}, {"a": values.reshape(2, 3)}, {"b": values}, {"a": values.view(np.uint32)}]
     assert len({digest(t) for t in trees}) == 4
     weights = flatten({"a": values, "b": values + 1}, policy="p", version=0)
     swapped = tuple((path, dtype, shape, 6 - offset) for path, dtype, shape, offset in weights.layout)

@@ -1,4 +1,4 @@
-"""One cache of compiled programs for these tests, as `launch` gives every run: a second learner compiles nothing."""
+"""Compile little: one cache of programs for these tests, as `launch` gives every run, and no optimization of speed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     wanted = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("jax-cache")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_disable_most_optimizations": True,
     }
-    before = {name: getattr(jax.config, name) for name in wanted}
+    before = {name: jax.config.values[name] for name in wanted}
     for name, value in wanted.items():
         jax.config.update(name, value)
     yield

@@ -100,19 +100,25 @@ def test_log_probabilities_and_held_out_loss(tmp_path: Path, folders: dict[str, 
     for which, seed in (("current", 0), ("reference", 1)):
         expected = np_logps(random_params(seed), batch, 0.8)
         np.testing.assert_allclose(learner.log_probs(batch, which, temperature=0.8), expected, atol=1e-5)
-    rows = pack([Example([1, 2, 3]), Example([4, 5])], length=8, pad_id=0)
-    loss = learner.held_out_losses({"web": rows})["web"]
-    alone = [learner.log_probs(pad([Example(d)], pad_id=0, length=8)).sum() for d in ([1, 2, 3], [4, 5])]
-    assert loss == pytest.approx(-sum(alone) / 3, rel=1e-5)
+    documents = [Example([1, 2, 3]), Example([4, 5])]
+    loss = learner.held_out_losses({"web": pack(documents, length=8, pad_id=0)})["web"]
+    assert loss == pytest.approx(-np_logps(random_params(0), pad(documents, pad_id=0)).sum() / 3, rel=1e-5)
+
+
+@jax.jit
+def full_logits(params: Any, tokens_BT: jax.Array) -> jax.Array:
+    return logits(params, forward(params, tokens_BT, config=CONFIG)[0], CONFIG)
 
 
 def np_logps(params: Any, batch: Batch, temperature: float = 1.0) -> np.ndarray:
-    hidden, _ = jax.jit(forward, static_argnames="config")(params, batch["tokens_BT"], config=CONFIG)
-    scores = np.asarray(logits(params, hidden, CONFIG), np.float64) / temperature
+    """Float64 log p of every target, 0 elsewhere; always at one padded shape, for one compiled program."""
+    tokens_BT, (rows, length) = np.zeros((9, 32), np.int32), batch["tokens_BT"].shape
+    tokens_BT[:rows, :length] = batch["tokens_BT"]
+    scores = np.asarray(full_logits(params, tokens_BT), np.float64) / temperature
     logp = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
-    found = np.zeros(batch["tokens_BT"].shape)
+    found = np.zeros((rows, length))
     for b, t in np.argwhere(batch["mask_BT"]):
-        found[b, t] = logp[b, t - 1, batch["tokens_BT"][b, t]]
+        found[b, t] = logp[b, t - 1, tokens_BT[b, t]]
     return found
 
 
@@ -162,7 +168,7 @@ class Spy(Learner):
             self.batches.append({name: np.array(value) for name, value in batch.items()})
             return inner(state, frozen, batch)
 
-        self._step = recorded
+        self._step = recorded  # type: ignore[assignment]
         return step
 
     def log_probs(self, batch: Batch, which: str = "current", temperature: float = 1.0) -> np.ndarray:
@@ -194,7 +200,8 @@ def test_advantages_hold_the_kl_to_the_reference(update: tuple[Spy, dict[str, fl
     learner, metrics = update
     scored = groups(0)
     batch, reward_PG, _ = responses_batch(scored)
-    log_ratio = sum(sign * np_logps(random_params(seed), batch, 0.8) for seed, sign in ((0, 1), (1, -1))).sum(-1)
+    own, reference = (np_logps(random_params(seed), batch, 0.8).sum(-1) for seed in (0, 1))
+    log_ratio = own - reference
     total = reward_PG - SETTINGS.beta * log_ratio.reshape(3, 3)
     expected = np.zeros((3, 3))
     for p, counted in enumerate(([0, 1, 2], [], [0, 1])):
@@ -299,20 +306,20 @@ def test_a_reward_model_grows_heads_and_keeps_them(tmp_path: Path, folders: dict
         part="reward",
     )
     learner.begin(job)
-    batch = text_batch(0) | {"length_B": np.array([6, 6]), "level_B": np.array([3]), "grades": np.ones((2, 4), np.int32)}
-    learner.train([batch])
     learner.export(str(tmp_path / "reward-model"))
     exported = load_artifact(tmp_path / "reward-model").params
     assert set(exported["heads"]) == {"reward", *GRADINGS}
-    assert np.any(exported["heads"]["reward"])
+    assert digest(exported["trunk"]) == digest(random_params(0))
     learner.begin(
-        dataclasses.replace(job, task="rm-2", checkpoint_folder=str(tmp_path / "rm-2"), init=str(tmp_path / "reward-model"))
+        dataclasses.replace(
+            job, task="rm-2", checkpoint_folder=str(tmp_path / "rm-2"), init=str(tmp_path / "reward-model"), seed=1
+        )
     )
     assert learned(learner) == digest(exported)
 
 
-def test_an_adapter_is_trained_over_a_frozen_base(tmp_path: Path, folders: dict[str, str]) -> None:
-    """Guards 5.1: the export is an adapter alone, and the next job may start from it, at its own rank only."""
+def test_an_adapter_starts_over_a_frozen_base(tmp_path: Path, folders: dict[str, str]) -> None:
+    """Guards 5.1: it starts as the base, is exported alone, and the next job may start from it, at its own rank."""
     learner = Learner()
     job = supervised_job(
         tmp_path / "a", config=None, init=folders["start"], options={}, part="adapter", adapter=AdapterSpec(2, 4.0)
@@ -320,15 +327,13 @@ def test_an_adapter_is_trained_over_a_frozen_base(tmp_path: Path, folders: dict[
     learner.begin(job)
     base = learner.log_probs(text_batch(0))
     np.testing.assert_allclose(base, np_logps(random_params(0), text_batch(0)), atol=1e-5)
-    learner.train([text_batch(0)])
-    assert np.abs(learner.log_probs(text_batch(0)) - base).max() > 1e-3
     learner.export(str(tmp_path / "adapter"))
     exported = load_artifact(tmp_path / "adapter")
     assert set(exported.params) == {"layers"}
     assert exported.adapter is not None
     assert (exported.adapter.rank, exported.adapter.alpha) == (2, 4.0)
     again = AdapterSpec(2, 4.0, init=str(tmp_path / "adapter"))
-    learner.begin(dataclasses.replace(job, checkpoint_folder=str(tmp_path / "b"), adapter=again))
+    learner.begin(dataclasses.replace(job, checkpoint_folder=str(tmp_path / "b"), adapter=again, seed=1))
     assert learned(learner) == digest(exported.params)
     wrong = dataclasses.replace(job, checkpoint_folder=str(tmp_path / "c"), adapter=dataclasses.replace(again, rank=3))
     with pytest.raises(ValueError, match="not an adapter of rank 3"):

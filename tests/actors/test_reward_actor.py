@@ -52,12 +52,12 @@ def loaded(tokenizer: tuple[Tokenizer, str], folder: str | None, **weights: floa
 def sequences(count: int) -> list[np.ndarray]:
     """Token sequences of lengths on both sides of the padding's multiple of 32."""
     rng = np.random.default_rng(1)
-    return [rng.integers(7, CONFIG.vocab_size, size=n).astype(np.int32) for n in rng.integers(1, 70, size=count)]
+    return [rng.integers(7, CONFIG.vocab_size, size=n).astype(np.int32) for n in rng.integers(1, 60, size=count)]
 
 
 def alone(params: Any, tokens: np.ndarray) -> tuple[float, list[int]]:
     """Reward and grades of one sequence without any padding."""
-    out = score(params, tokens[None], np.array([len(tokens)]), config=CONFIG)
+    out = jax.jit(score, static_argnames="config")(params, tokens[None], np.array([len(tokens)]), config=CONFIG)
     return float(out.reward_B[0]), [int(np.argmax(out.grade_logits[name][0])) for name in GRADINGS]
 
 

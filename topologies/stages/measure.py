@@ -41,8 +41,11 @@ def measure(
 
     `prompts` None: the first `limit` of the held-out prompts; a feature brings its own.
     """
-    key = f"measure/{policy.name}/{max_tokens}/{limit}{'' if prompts is None else '/feature'}"
-    prompts = ctx.data.eval_prompts[:limit] if prompts is None else prompts
+    if prompts is None:
+        prompts, key = ctx.data.eval_prompts[:limit], f"measure/{policy.name}/{max_tokens}"
+    else:
+        key = f"measure/{policy.name}/{max_tokens}/feature"
+    key += f"/{len(prompts)}"
 
     def work() -> dict[str, Any]:
         answers = {}

@@ -102,8 +102,7 @@ def run(ctx: Context, options: PretrainStage) -> StageResult:
     plan = build_plan(ctx, options)
 
     def work() -> list[dict[str, Any]]:
-        results = _train(ctx, plan)
-        return [{"name": r.name, "losses": r.losses, "train_loss": r.train_loss, "tokens": r.tokens} for r in results]
+        return [{"name": r.name, "losses": r.losses, "tokens": r.tokens} for r in _train(ctx, plan)]
 
     results = [PhaseResult(**row) for row in ctx.once("train/pretrain", work)]
     for phase in plan.phases:

@@ -108,6 +108,7 @@ def whole(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(plan, folder, results, reported)
 
 
+@pytest.mark.slow
 def test_phases_run_in_order(whole: Run) -> None:
     """Guards 3.2: every phase is reported with its tokens and the held-out loss of every domain, and learns."""
     assert [r.name for r in whole.results] == ["core", "long"]
@@ -119,6 +120,7 @@ def test_phases_run_in_order(whole: Run) -> None:
     assert long.losses["long_context"] < core.losses["long_context"]
 
 
+@pytest.mark.slow
 def test_every_step_is_measured(whole: Run) -> None:
     """Guards the curves: one row a step and task, whatever the number of steps a call."""
     rows = read_metrics(whole.folder / "metrics")
@@ -129,6 +131,7 @@ def test_every_step_is_measured(whole: Run) -> None:
     assert all({"nll", "loss", "grad_norm"} <= set(row) for row in rows)
 
 
+@pytest.mark.slow
 def test_the_second_phase_starts_from_the_first(whole: Run) -> None:
     """Guards the chain of models: a learner that begins the second phase holds the first one's export."""
     core, long = (digest(load_artifact(phase.export).params) for phase in whole.plan.phases)
@@ -137,6 +140,7 @@ def test_the_second_phase_starts_from_the_first(whole: Run) -> None:
     assert learner.publish("p", 0).digest == core != long
 
 
+@pytest.mark.slow
 def test_a_second_run_only_reads_results(whole: Run) -> None:
     """Guards a restarted worker: finished phases are reported again, without a step."""
     reported: list[PhaseResult] = []
@@ -146,6 +150,7 @@ def test_a_second_run_only_reads_results(whole: Run) -> None:
     assert sink.rows == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "step"), [("pretrain-core", 3), ("pretrain-long", 2)])
 def test_a_kill_changes_nothing(
     whole: Run, corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, step: int

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from afm_rl.errors import UserError
+
 #: Seconds a call may take before the wait for it is an error; generous, because a first call compiles.
 DEFAULT_DEADLINE_S = 600.0
 
@@ -144,6 +146,11 @@ class _RayPending:
             return ray.get(self.ref, timeout=timeout_s)
         except ray.exceptions.GetTimeoutError as error:
             raise TimeoutError(str(error)) from error
+        except ray.exceptions.RayTaskError as error:
+            # What the user can put right is the actor's own one line; everything else keeps the remote traceback.
+            if isinstance(error.cause, UserError):
+                raise error.cause from error
+            raise
 
 
 def gather(pending: Sequence[Pending], *, deadline_s: float = DEFAULT_DEADLINE_S) -> list[Any]:

@@ -112,11 +112,7 @@ def _run_phase(
     held_out: Mapping[str, PackedRows],
     metrics: Metrics,
 ) -> PhaseResult:
-    rows = {
-        name: pack_corpus(corpora[name], length=phase.sequence_length, pad_id=0)
-        for name, weight in phase.mixture.items()
-        if weight > 0 and name in corpora
-    }
+    rows = {name: pack_corpus(corpora[name], length=phase.sequence_length, pad_id=0) for name in phase.mixture}
     batches = mixture_batches(rows, phase.mixture, batch=phase.batch, seed=phase.seed)
     start = learner.begin(phase.job)
     for first in range(start, phase.steps, STEPS_PER_CALL):

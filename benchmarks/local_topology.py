@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/local_topology.py --seeds 0 1 2 [--json] [--topology topologies/local.yaml]
 
-Each seed is a launch of its own in a fresh folder with a fresh cache of compiled programs, as on a new machine. Peak memory is the
-largest sum, sampled every two seconds, of the proportional set sizes of the launch and every process it started. There is no
-peer: no other system runs this loop, so `peer` and `ratio` are null.
+Each seed is a launch of its own in a fresh folder with a fresh cache of compiled programs, as on a new machine. Peak
+memory is the largest sum, sampled every two seconds, of the proportional set sizes of the launch and every process it
+started. There is no peer: no other system runs this loop, so `peer` and `ratio` are null.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ everything else keeps its traceback. Heavy modules (Ray, JAX) are imported by th
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +21,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], int | None] = args.command
     try:
         return command(args) or 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        print(f"afm-rl: the disk is full{where}; free some space and continue with --resume", file=sys.stderr)
+        return 2
     except UserError as error:
         for line in str(error).splitlines():
             print(f"afm-rl: {line}", file=sys.stderr)

@@ -112,7 +112,7 @@ def _run_stages(context: Context) -> None:
     for options in context.topology.stages:
         stage_began = time.perf_counter()
         done = context.journal.done(f"stage/{options.name}")
-        context.progress.say(f"[bold]{options.name}[/bold]{' (already done)' if done else ''}")
+        context.progress.heading(f"{options.name}{' (already done)' if done else ''}")
 
         def work(options: Any = options, stage_began: float = stage_began) -> dict[str, Any]:
             result = STAGES[options.name](context, options)
@@ -146,7 +146,9 @@ def _write_report(context: Context, results: list[StageResult], *, total_s: floa
         stages=results,
         samples=_samples(context, results),
     )
-    context.run.report_json.write_text(report.model_dump_json(indent=1), encoding="utf-8")
+    temporary = context.run.report_json.with_suffix(".tmp")
+    temporary.write_text(report.model_dump_json(indent=1), encoding="utf-8")
+    temporary.replace(context.run.report_json)
     write_report(context.run.path)
 
 

@@ -22,6 +22,8 @@ from topologies.schema import Topology
 PROMPT_TOKENS = 48
 #: CPUs of the actor that owns published weights, which the topology does not list.
 WEIGHTS_CPUS = 0.05
+#: Rows of a batch that sensitivities are measured on (`topologies/stages/quantize.py`).
+SENSITIVITY_BATCH = 8
 #: NumPy k-means, seconds a weight and table width; a server's start; seconds of tokenizer training.
 PALETTIZE_S_PER_WEIGHT, SERVE_START_S, TOKENIZER_S = 1e-6, 12.0, 8.0
 
@@ -160,7 +162,12 @@ def _actors(topology: Topology, config: ModelConfig) -> tuple[ActorPlan, ...]:
         ActorPlan(role, getattr(at, "replicas", 1), at.num_cpus, getattr(at, "num_gpus", 0.0), bytes_of[role] + process)
         for role, at in used.items()
     ]
-    return (ActorPlan("weights", 1, WEIGHTS_CPUS, 0.0, 2 * weights + process), *listed)
+    listed.insert(0, ActorPlan("weights", 1, WEIGHTS_CPUS, 0.0, 2 * weights + process))
+    if topology.launcher != "inline" and "pretrain" in topology.stage_names:
+        # Ray Train's own worker, alive beside the learner while the three phases run.
+        at = actors.learner
+        listed.append(ActorPlan("pretrain", at.processes, at.num_cpus, at.num_gpus, bytes_of["learner"] + process))
+    return tuple(listed)
 
 
 def _learner_bytes(topology: Topology, config: ModelConfig) -> int:
@@ -209,7 +216,9 @@ def _prune(stage: Any, topology: Topology, config: ModelConfig, machine: Machine
     small, length = config.replace(ffn_dim=topology.small_model.ffn_dim), stage.sequence_length
     masks = machine.train(config, steps=stage.mask_steps, batch=stage.batch, length=length)
     teacher = machine.score(config, sequences=stage.steps * stage.batch, length=length) if stage.distill else Cost()
-    return masks + teacher + _fit(stage, small, machine).times(2 if stage.scratch else 1)
+    phases = topology.stage("pretrain").phases if "pretrain" in topology.stage_names else []
+    later = sum((_fit(phase, small, machine) for name, phase in phases if name != "core"), Cost())
+    return masks + teacher + _fit(stage, small, machine).times(2 if stage.scratch else 1) + later
 
 
 def _sft(stage: Any, _: Topology, config: ModelConfig, machine: Machine) -> Cost:
@@ -245,21 +254,34 @@ def _distill_committee(stage: Any, topology: Topology, config: ModelConfig, mach
     members = len(topology.stage("itec").members)
     responses = stage.prompts * stage.responses_per_member * members
     scored = machine.score(config, sequences=responses, length=stage.sequence_length)
-    return _answers(stage, responses, topology, config, machine) + scored + _fit(stage, config, machine)
+    students = _fit(stage, _small(topology, config), machine).times(2)  # the distilled model, and its twin by SFT
+    return _answers(stage, responses, topology, config, machine) + scored + students
+
+
+def _small(topology: Topology, config: ModelConfig) -> ModelConfig:
+    """The small model where the topology prunes one."""
+    return config.replace(ffn_dim=topology.small_model.ffn_dim) if "prune" in topology.stage_names else config
 
 
 def _quantize(stage: Any, topology: Topology, config: ModelConfig, machine: Machine) -> Cost:
     workers = min(topology.actors.quantizer.replicas, machine_cpus())
     tables = 2 * costs.matrix_params(config) * PALETTIZE_S_PER_WEIGHT / workers
-    gradients = machine.train(config, steps=stage.sensitivity_batches, batch=16, length=128)
+    length = topology.stage("sft").sequence_length
+    gradients = machine.train(config, steps=stage.sensitivity_batches, batch=SENSITIVITY_BATCH, length=length)
     return Cost(gradients.train_tokens, seconds=tables + gradients.seconds)
 
 
 def _recover(stage: Any, topology: Topology, config: ModelConfig, machine: Machine) -> Cost:
-    """Every rank at the served bit width, and one more adapter for each other width."""
-    adapters = len(stage.ranks) + len(topology.stage("quantize").bits_per_weight) - 1
+    """One adapter for every rank at every bit width."""
+    adapters = len(stage.ranks) * len(topology.stage("quantize").bits_per_weight)
     steps = stage.steps_pretrain + stage.steps_posttrain
-    return machine.train(config, steps=steps, batch=stage.batch, length=stage.sequence_length).times(adapters)
+    small = _small(topology, config)
+    return machine.train(small, steps=steps, batch=stage.batch, length=stage.sequence_length).times(adapters)
+
+
+def _adapters(stage: Any, topology: Topology, config: ModelConfig, machine: Machine) -> Cost:
+    """From the recovery adapter, and from zero."""
+    return _fit(stage, _small(topology, config), machine).times(2)
 
 
 def _evaluate(stage: Any, topology: Topology, config: ModelConfig, machine: Machine) -> Cost:
@@ -283,7 +305,7 @@ _COSTS: dict[str, Callable[[Any, Topology, ModelConfig, Machine], Cost]] = {
     "distill_committee": _distill_committee,
     "quantize": _quantize,
     "recover": _recover,
-    "adapters": _sft,
+    "adapters": _adapters,
     "evaluate": _evaluate,
     "serve": _serve,
 }

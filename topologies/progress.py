@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 
@@ -54,8 +55,12 @@ class ProgressView:
             self._progress.stop()
 
     def say(self, text: str) -> None:
-        """One line that stays, with the seconds since the launch before it."""
-        self.console.print(f"[dim]{time.perf_counter() - self._start:6.0f} s[/dim]  {text}")
+        """One line that stays, with the seconds since the launch before it. `text` may hold anything: it is no markup."""
+        self.console.print(f"[dim]{time.perf_counter() - self._start:6.0f} s[/dim]  {escape(text)}")
+
+    def heading(self, text: str) -> None:
+        """As `say`, in bold."""
+        self.console.print(f"[dim]{time.perf_counter() - self._start:6.0f} s[/dim]  [bold]{escape(text)}[/bold]")
 
     @contextmanager
     def task(self, name: str, *, total: int, done: int = 0) -> Iterator[Bar]:

@@ -96,6 +96,13 @@ class SmallModel(Strict):
     ffn_dim: Count = 192
 
 
+class Checkpoints(Strict):
+    """How often a training job commits a checkpoint: optimizer steps, and iterations of the online loop."""
+
+    steps: Count = 50
+    iterations: Count = 5
+
+
 class Compute(Strict):
     """Arithmetic of forward and backward passes; master weights are always float32."""
 
@@ -204,6 +211,7 @@ class Topology(Strict):
     model: Annotated[Model, BeforeValidator(_model_from_yaml)] = Model(preset="tiny")
     small_model: SmallModel = SmallModel()
     compute: Compute = Compute()
+    checkpoints: Checkpoints = Checkpoints()
     data: Data = Data(world="python")
     actors: Actors = Actors()
     stages: Annotated[list[Annotated[AnyStage, BeforeValidator(stage_from_yaml)]], Field(min_length=1)]
@@ -233,6 +241,9 @@ class Topology(Strict):
                     raise problem(
                         f"needs {_with_article(need)}, which no earlier stage makes; put {makers} before it", at=at
                     )
+            if self.model.huggingface and stage.name in ("prune", "recover"):
+                message = "needs the corpora that the tokenizer stage writes, which a Hugging Face folder goes without"
+                raise problem(f"{message}; remove this stage and those that build on it", at=at)
             for thing in made.intersection(stage.makes) if self.model.huggingface else ():
                 if stage.name in ("tokenizer", "pretrain"):
                     raise problem(f"the Hugging Face folder already gives the {thing}; remove this stage", at=at)
@@ -248,9 +259,22 @@ class Topology(Strict):
             if stage.name == "prune" and self.small_model.ffn_dim >= self.model.config().ffn_dim:
                 limit = self.model.config().ffn_dim
                 raise problem(f"must be less than model.ffn_dim, {limit}: prune narrows it", at=("small_model", "ffn_dim"))
+            if stage.name == "pretrain":
+                self._check_phases(stage, at)
+            if stage.name == "itec" and stage.mdloo.responses > self.actors.sampler.max_batch:
+                limit = self.actors.sampler.max_batch
+                raise problem(f"more than actors.sampler.max_batch, {limit}", at=(*at, "mdloo", "responses"))
             if stage.name == "adapters" and stage.rank not in (ranks := self.stage("recover").ranks):
                 message = f"no recovery adapter of rank {stage.rank} to start from; recover.ranks are {ranks}"
                 raise problem(message, at=(*at, "rank"))
+
+    def _check_phases(self, stage: Any, at: Loc) -> None:
+        limit = self.model.config().max_positions
+        for i, (name, phase) in enumerate(stage.phases):
+            if phase.sequence_length > limit:
+                raise problem(f"more than model.max_positions, {limit}", at=(*at, name, "sequence_length"))
+            if phase.rope_base == "rescaled" and i == 0:
+                raise problem("a rescaled RoPE base needs a phase before it to start from", at=(*at, name, "rope_base"))
 
     @field_serializer("stages")
     def _stages_to_yaml(self, stages: list[StageOptions]) -> list[dict[str, Any]]:

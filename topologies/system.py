@@ -175,7 +175,7 @@ def _connect(topology: Topology) -> str | None:
 
     # Ray's uv hook would build a second environment for every worker when launched through `uv run`.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    address = "local" if topology.launcher == "local" else topology.address
+    address = "local" if topology.launcher == "local" else topology.address or "auto"
     local_only: dict[str, Any] = (
         {"include_dashboard": True, "object_store_memory": OBJECT_STORE_BYTES} if address == "local" else {}
     )

@@ -38,8 +38,8 @@ def test_prompt_level_rerank_takes_the_best_of_all_members_and_global_the_best_m
     """Guards 4.3.2: per prompt the best response of anybody, beside the best of the member with the highest mean."""
     value = {"a1": 0.0, "a2": 1.0, "b1": 5.0, "b2": -9.0}
 
-    def rewards(ctx, model, texts, prompts):
-        return [np.array([value[t] for t in ts]) for ts in texts]
+    def rewards(*arguments):
+        return [np.array([value[t] for t in ts]) for ts in arguments[2]]
 
     monkeypatch.setattr(committee, "_rewards", rewards)
     answers = [{"a": ["a1"], "b": ["b1"]}, {"a": ["a2"], "b": ["b2"]}]
@@ -50,10 +50,10 @@ def test_prompt_level_rerank_takes_the_best_of_all_members_and_global_the_best_m
 
 
 def test_the_next_committee_is_the_latest_members_and_the_best_earlier_one():
-    """Guards the flywheel: every latest member sits on it, and the best of the earlier rounds by mean reward."""
+    """Guards the flywheel: every latest member sits on it, and the best of the earlier rounds by net win rate."""
 
-    def score(round_: int, name: str, reward: float) -> MemberScore:
-        return MemberScore(round_, name, Policy(f"itec-{round_}-{name}", Path()), None, reward, {})
+    def score(round_: int, name: str, win: float) -> MemberScore:
+        return MemberScore(round_, name, Policy(f"itec-{round_}-{name}", Path()), None, 0.0, {"win": win, "loss": 0.1})
 
     latest = {"rs": Policy("itec-2-rs", Path()), "dpo": Policy("itec-2-dpo", Path())}
     scores = [score(1, "rs", 0.1), score(1, "dpo", 0.7), score(2, "rs", 0.2), score(2, "dpo", 9.0)]

@@ -82,7 +82,7 @@ stages:
     assert stages["itec"].generated_tokens == 2 * 5 * 3 * 9 + 7 * 2 * 2 * 9
     assert stages["itec"].train_tokens == 2 * 200 * 32 * 128 * (2 + 1 + 2)  # reward pairs, sft, dpo pairs
     assert stages["distill_committee"].generated_tokens == 4 * 2 * 2 * 10
-    assert stages["recover"].train_tokens == (2 + 1) * 5 * 2 * 8
+    assert stages["recover"].train_tokens == (2 * 2) * 5 * 2 * 8  # two ranks at two bit widths
     assert all(stage.seconds > 0 for stage in stages.values())
 
 

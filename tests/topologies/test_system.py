@@ -9,7 +9,17 @@ from topologies.schema import load_topology
 from topologies.system import declare, start
 
 SMOKE = Path(__file__).resolve().parents[2] / "topologies" / "smoke.yaml"
-NAMES = {"weights", "learner", "sampler-0", "sampler-1", "reward-0", "committee-0", "annotator", "quantizer-0", "quantizer-1"}
+NAMES = {
+    "weights",
+    "learner",
+    "sampler-0",
+    "sampler-1",
+    "reward-0",
+    "committee-0",
+    "annotator",
+    "quantizer-0",
+    "quantizer-1",
+}
 
 
 def test_declared_actors_are_those_of_the_yaml():

@@ -46,7 +46,7 @@ def train_adapter(
         init=str(base),
         part="adapter",
         adapter=spec,
-        checkpoint_every=50,
+        checkpoint_every=ctx.topology.checkpoints.steps,
         seed=ctx.seed,
     )
     ctx.train(job, stage=stage, policy=Policy(name, folder), steps=steps, batches=batches)

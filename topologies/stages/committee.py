@@ -12,8 +12,9 @@ import numpy as np
 
 from actors.host import call, gather, spread
 from actors.reward import RewardSpec
-from afm_rl.types import Pair, Prompt
+from afm_rl.types import Demonstration, Pair, Prompt
 from topologies.stages.context import Context, Policy
+from topologies.stages.examples import fits
 from topologies.stages.measure import answer_example
 
 #: What every member answered to one prompt: policy name -> response texts.
@@ -69,7 +70,7 @@ def distinct_pairs(
     for prompt, by_member in zip(prompts, answers, strict=True):
         texts: dict[str, str] = {}  # response -> the first member that gave it
         for member, responses in by_member.items():
-            for text in responses:
+            for text in filter(str.strip, responses):
                 texts.setdefault(text, member)
         combinations = list(itertools.combinations(texts, 2))
         for index in rng.permutation(len(combinations))[:per_prompt]:
@@ -82,6 +83,12 @@ def best_answers(ctx: Context, reward_model: Policy, answers: Sequence[Answers],
     """The response the reward model likes best for each prompt, over all members."""
     candidates = [[text for texts in by_member.values() for text in texts] for by_member in answers]
     return [texts[i] for texts, i in zip(candidates, _rerank(ctx, reward_model, candidates, prompts), strict=True)]
+
+
+def lessons(ctx: Context, prompts: Sequence[Prompt], answers: Sequence[str], *, limit: int) -> list[Demonstration]:
+    """The chosen answers as demonstrations, without those that re-encode to more than `limit` tokens."""
+    shown = [Demonstration(prompt, text) for prompt, text in zip(prompts, answers, strict=True)]
+    return [d for d in shown if fits(ctx.tokenizer, d.prompt, d.response, limit=limit)]
 
 
 def best_by_prompt(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from actors.metrics import Metrics
 from actors.sampler import PolicySpec
 from actors.weights import deliver, publish_folder
 from afm_rl.data.dataset import Dataset
+from afm_rl.errors import UserError
 from afm_rl.generate import request_seed
 from afm_rl.huggingface import load_config
 from afm_rl.packing import Batch
@@ -110,6 +112,14 @@ class Context:
         """Tokenised corpora, one pair of files per domain and side."""
         return self.run.path / "corpora"
 
+    def present(self, mixture: Mapping[str, float]) -> dict[str, float]:
+        """The mixture over the domains that have text. Raises UserError when none of its domains has any."""
+        kept = {name: weight for name, weight in mixture.items() if weight > 0 and self.data.documents.get(name)}
+        if not kept:
+            there = ", ".join(name for name, texts in self.data.documents.items() if texts) or "none"
+            raise UserError(f"no domain of the mixture {dict(mixture)} has documents; domains with documents: {there}")
+        return kept
+
     @property
     def max_tokens(self) -> int:
         """Length limit of a measured response."""
@@ -118,33 +128,31 @@ class Context:
     def checkpoints(self, task: str) -> Path:
         return self.run.checkpoints / task
 
-    def train(
-        self, job: TrainingJob, *, stage: str, policy: Policy, steps: int, batches: Callable[[int], Batch]
-    ) -> dict[str, float]:
-        """Run a job to its end and export it as `policy`; returns the mean metrics of its last tenth.
+    def train(self, job: TrainingJob, *, stage: str, policy: Policy, steps: int, batches: Callable[[int], Batch]) -> None:
+        """Run a job to its end and export it as `policy`.
 
         `batches(step)` must be a pure function of the step: a resumed job asks again for the steps after its checkpoint.
         """
 
-        def work() -> dict[str, float]:
-            learner, tail = self.system.learner, max(1, steps // 10)
+        def work() -> None:
+            learner = self.system.learner
             start = call(learner, "begin", job)
-            last: list[dict[str, float]] = []
             with self.progress.task(job.task, total=steps, done=start) as bar:
                 for first in range(start, steps, STEPS_PER_CALL):
                     chunk = range(first, min(first + STEPS_PER_CALL, steps))
-                    rows = call(learner, "train", [batches(step) for step in chunk])
+                    chunk_batches = [batches(step) for step in chunk]
+                    begin = time.perf_counter()
+                    rows = call(learner, "train", chunk_batches)
+                    speed = sum(b["tokens_BT"].size for b in chunk_batches) / (time.perf_counter() - begin)
                     for step, row in zip(chunk, rows, strict=True):
-                        self.metrics.log(stage=stage, task=job.task, step=step, values=row)
-                    last = [*last, *rows][-tail:]
+                        values = {**row, "tokens_per_s": speed}
+                        self.metrics.log(stage=stage, task=job.task, step=step, values=values)
                     bar.advance(len(chunk))
             self.export(job, policy)
-            return {name: sum(row[name] for row in last) / len(last) for name in (last[0] if last else ())}
 
-        result = self.once(f"train/{job.task}", work)
+        self.once(f"train/{job.task}", work)
         # The exported policy is journalled: its checkpoints have served.
         shutil.rmtree(self.checkpoints(job.task), ignore_errors=True)
-        return result
 
     def export(self, job: TrainingJob, policy: Policy) -> None:
         """Write what the learner trained as `policy`'s folder."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from afm_rl.types import Demonstration
 from topologies.report_data import Curve, Figure, StageResult, Table
 from topologies.stage_options import DistillCommitteeStage
-from topologies.stages.committee import Answers, best_answers, sample_committee
+from topologies.stages.committee import Answers, best_answers, lessons, sample_committee
 from topologies.stages.context import Context
 from topologies.stages.itec import final_committee
 from topologies.stages.measure import measure, percent
@@ -29,10 +28,10 @@ def run(ctx: Context, options: DistillCommitteeStage) -> StageResult:
         max_tokens=options.max_tokens,
     )
     best = ctx.once(f"{STAGE}/best", lambda: best_answers(ctx, reward_model, answers, prompts))
-    lessons = [Demonstration(prompt, text) for prompt, text in zip(prompts, best, strict=True)]
+    taught = lessons(ctx, prompts, best, limit=options.sequence_length)
     student, twin = ctx.policy("distilled"), ctx.policy("small-sft")
-    fine_tune(ctx, options, lessons, stage=STAGE, start=ctx.small_base, policy=student)
-    fine_tune(ctx, options, ctx.data.demonstrations[: len(lessons)], stage=STAGE, start=ctx.small_base, policy=twin)
+    fine_tune(ctx, options, taught, stage=STAGE, start=ctx.small_base, policy=student)
+    fine_tune(ctx, options, ctx.data.demonstrations[: len(taught)], stage=STAGE, start=ctx.small_base, policy=twin)
     distilled = measure(ctx, student, max_tokens=options.max_tokens)
     imitated = measure(ctx, twin, max_tokens=options.max_tokens)
     return StageResult(

@@ -30,6 +30,11 @@ def example(tokenizer: Tokenizer, prompt: Prompt, response: str, *, limit: int) 
     return Example(tokens, first_target=len(prompt_ids))
 
 
+def fits(tokenizer: Tokenizer, prompt: Prompt, response: str, *, limit: int) -> bool:
+    """Whether prompt and response take at most `limit` tokens."""
+    return len(tokenizer.encode_chat(prompt.messages)) + len(tokenizer.encode_response(response)) <= limit
+
+
 def supervised_batches(
     tokenizer: Tokenizer, demonstrations: Sequence[Demonstration], *, length: int, batch: int, seed: int
 ) -> Batches:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from actors.host import call
 from afm_rl.data.preference_store import PreferenceStore
-from afm_rl.types import Demonstration, Preference, Prompt
+from afm_rl.types import Pair, Preference, Prompt
 from topologies.report_data import Curve, Figure, StageResult, Table
 from topologies.stage_options import ItecStage
 from topologies.stages.committee import (
@@ -21,9 +21,11 @@ from topologies.stages.committee import (
     best_answers,
     best_by_prompt,
     distinct_pairs,
+    lessons,
     sample_committee,
 )
 from topologies.stages.context import Context, Policy
+from topologies.stages.examples import fits
 from topologies.stages.itec_members import Round, train_member
 from topologies.stages.measure import Measured, mean_reward, measure, percent, share_right, win_rate
 from topologies.stages.reward_model import reward_figures, reward_table, split, train_reward_model
@@ -118,12 +120,12 @@ def _collect(ctx: Context, options: ItecStage, number: int, committee: Sequence[
     )
     everything = [*ctx.data.preferences, *(p for r in range(1, number + 1) for p in _preferences(ctx, r))]
     train_reward_model(ctx, options.reward, split(everything)[0], stage=STAGE, start=start, policy=reward_model)
-    best = best_answers(ctx, reward_model, answers, prompts)
+    best = ctx.once(f"itec/{number}/best", lambda: best_answers(ctx, reward_model, answers, prompts))
     return Round(
         number=number,
         reward_model=reward_model,
-        preferences=split(_preferences(ctx, number) or ctx.data.preferences)[0],
-        best=[Demonstration(prompt, text) for prompt, text in zip(prompts, best, strict=True)],
+        preferences=split(_preferences(ctx, number))[0] or split(ctx.data.preferences)[0],
+        best=lessons(ctx, prompts, best, limit=min(options.sft.sequence_length, options.rs.sequence_length)),
     )
 
 
@@ -138,7 +140,7 @@ def _annotate(ctx: Context, options: ItecStage, number: int, prompts: Sequence[P
     def work() -> int:
         pairs = distinct_pairs(prompts, answers, per_prompt=options.pairs_per_prompt, seed=(ctx.seed, number))
         # Without ground truth the simulated annotator has nothing to judge by.
-        pairs = [pair for pair in pairs if pair.prompt.checks]
+        pairs = [pair for pair in pairs if pair.prompt.checks and _fits(ctx, options, pair)]
         preferences = call(ctx.system.annotator, "annotate", pairs)
         PreferenceStore(ctx.run.preferences).add(f"itec-{number}", preferences)
         ctx.metrics.log(
@@ -147,6 +149,12 @@ def _annotate(ctx: Context, options: ItecStage, number: int, prompts: Sequence[P
         return len(preferences)
 
     ctx.once(f"itec/{number}/preferences", work)
+
+
+def _fits(ctx: Context, options: ItecStage, pair: Pair) -> bool:
+    """Whether both responses fit every stage that will train on them: a text may re-encode longer than it was sampled."""
+    limit = min(s.sequence_length for s in (options.reward, options.dpo, options.ipo))
+    return all(fits(ctx.tokenizer, pair.prompt, text, limit=limit) for text in (pair.response_a, pair.response_b))
 
 
 def _preferences(ctx: Context, number: int) -> list[Preference]:
@@ -170,9 +178,12 @@ def _score(
 
 
 def _next_committee(number: int, trained: dict[str, Policy], scores: Sequence[MemberScore]) -> list[Policy]:
-    """The latest of every member, and the best (by mean reward) of the earlier rounds."""
+    """The latest of every member, and the best of the earlier rounds by its net win rate against the SFT policy.
+
+    Not by mean reward: every round's reward model has a scale of its own.
+    """
     earlier = [s for s in scores if s.round < number and s.policy.name not in {p.name for p in trained.values()}]
-    best = [max(earlier, key=lambda s: s.reward).policy] if earlier else []
+    best = [max(earlier, key=lambda s: s.win["win"] - s.win["loss"]).policy] if earlier else []
     return [*trained.values(), *best]
 
 

@@ -78,6 +78,7 @@ def _train_on_preferences(
         init=str(start.folder),
         frozen={"reference": str(start.folder)},
         options={"beta": options.beta},
+        checkpoint_every=ctx.topology.checkpoints.steps,
         seed=ctx.seed,
     )
     if ctx.journal.done(f"train/{job.task}"):

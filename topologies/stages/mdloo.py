@@ -23,14 +23,12 @@ from actors.host import call, gather, spread
 from actors.learner import MdlooSettings, TrainingJob
 from actors.reward import RewardSpec
 from actors.weights import deliver
+from afm_rl.generate import request_seed
 from afm_rl.packing import epoch_rows
 from afm_rl.recipe import OptimizerSpec
 from afm_rl.types import Group, Prompt, ScoredGroup
 from topologies.stage_options import MdlooTraining
 from topologies.stages.context import Context, Policy
-
-#: Iterations between two checkpoints of the loop.
-CHECKPOINT_EVERY = 5
 
 
 def train_mdloo(
@@ -45,7 +43,7 @@ def train_mdloo(
         init=str(start.folder),
         frozen={"reference": str(start.folder)},
         options={"gamma": options.gamma, "temperature": options.temperature},
-        checkpoint_every=CHECKPOINT_EVERY,
+        checkpoint_every=ctx.topology.checkpoints.iterations,
         seed=ctx.seed,
     )
 
@@ -72,7 +70,7 @@ def _iterate(ctx: Context, options: MdlooTraining, iteration: int, *, stage: str
     digest = call(ctx.system.store, "publish", published)
     deliver(ctx.system.store, ctx.system.samplers, policy.name, ctx.spec(start), digest=digest)
     ctx.samplers_hold(f"{policy.name}@{iteration}")
-    prompts = iteration_prompts(ctx.data.prompts, iteration, count=options.prompts, seed=ctx.seed)
+    prompts = iteration_prompts(ctx.data.prompts, iteration, count=options.prompts, seed=request_seed(ctx.seed, policy.name))
     groups = ctx.generate(
         ctx.requests(
             prompts,
@@ -98,8 +96,9 @@ def _iterate(ctx: Context, options: MdlooTraining, iteration: int, *, stage: str
             **{f"reward_{name}": value for name, value in _component_means(scored).items()},
             **({"accuracy": _component_means(scored)["verifier"]} if "verifier" in scored[0].components else {}),
             "policy_version": iteration,
-            "weights_in_sync": 1.0,
-            "queue_depth": len(scored),
+            "weights_in_sync": 1.0,  # `deliver` raises otherwise
+            "queue_depth": len(scored),  # groups waiting for the learner: all of them, as the loop is synchronous
+            "valid_fraction": float(np.mean(np.concatenate([s.valid_G for s in scored]))),
             "tokens_per_s": tokens / (generated - begin),
             "generate_s": generated - begin,
             "reward_s": rewarded - generated,
@@ -111,7 +110,8 @@ def _iterate(ctx: Context, options: MdlooTraining, iteration: int, *, stage: str
 def iteration_prompts(prompts: Sequence[Prompt], iteration: int, *, count: int, seed: int) -> list[Prompt]:
     """The prompts of an iteration, ordered by id: endless shuffled epochs, a pure function of its arguments."""
     rows = epoch_rows(iteration, batch=min(count, len(prompts)), rows=len(prompts), seed=seed)
-    return sorted((prompts[i] for i in rows), key=lambda p: p.id)
+    # An iteration that spans two epochs may draw a prompt twice; it is asked once.
+    return sorted((prompts[i] for i in set(rows.tolist())), key=lambda p: p.id)
 
 
 def _score(ctx: Context, groups: Sequence[Group], prompts: Sequence[Prompt]) -> list[ScoredGroup]:

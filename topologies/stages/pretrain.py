@@ -64,12 +64,19 @@ def build_plan(ctx: Context, options: PretrainStage) -> PretrainPlan:
             config=config,
             init=init,
             options={"z_loss": phase.z_loss},
-            checkpoint_every=50,
+            checkpoint_every=ctx.topology.checkpoints.steps,
             seed=ctx.seed,
         )
         phases.append(
             PhasePlan(
-                name, job, phase.steps, phase.batch, phase.sequence_length, phase.mixture, ctx.seed, str(policy.folder)
+                name,
+                job,
+                phase.steps,
+                phase.batch,
+                phase.sequence_length,
+                ctx.present(phase.mixture),
+                ctx.seed,
+                str(policy.folder),
             )
         )
         init, length = str(policy.folder), phase.sequence_length
@@ -134,7 +141,7 @@ def _train(ctx: Context, plan: PretrainPlan) -> list[PhaseResult]:
     total = sum(phase.steps for phase in plan.phases)
     if ctx.topology.launcher == "inline":
         ctx.progress.say(f"  {total} steps in this process")
-        return run_pretraining(plan, Metrics([JsonlSink(ctx.run.metrics), TensorBoardSink(ctx.run.metrics / "tensorboard")]))
+        return run_pretraining(plan, ctx.metrics)
     with ctx.progress.task("pretraining (JaxTrainer)", total=total) as bar:
         return _under_ray_train(ctx, plan, bar)
 
@@ -154,7 +161,7 @@ def _under_ray_train(ctx: Context, plan: PretrainPlan, bar: Any) -> list[PhaseRe
         run_config=RunConfig(
             name=f"{ctx.topology.name}-pretrain",
             storage_path=str(ctx.run.path / "ray_train"),
-            failure_config=FailureConfig(max_failures=2),
+            failure_config=FailureConfig(max_failures=2, controller_failure_limit=0),
         ),
     )
     stop = threading.Event()

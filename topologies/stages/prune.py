@@ -87,11 +87,8 @@ def run(ctx: Context, options: PruneStage) -> StageResult:
 
 def domain_batches(ctx: Context, mixture: dict[str, float], *, length: int, batch: int) -> Callable[[int], Batch]:
     """Batches of a pre-training mixture over the run's corpora."""
-    rows = {
-        name: pack_corpus(_corpus(ctx, name), length=length, pad_id=0)
-        for name, weight in mixture.items()
-        if weight > 0 and name in ctx.data.documents
-    }
+    mixture = ctx.present(mixture)
+    rows = {name: pack_corpus(_corpus(ctx, name), length=length, pad_id=0) for name in mixture}
     return mixture_batches(rows, mixture, batch=batch, seed=ctx.seed + 1)
 
 
@@ -112,7 +109,7 @@ def _mask_job(ctx: Context, options: PruneStage, large: Policy, small: ModelConf
         init=str(large.folder),
         part="masks",
         keep_units=small.ffn_dim,
-        checkpoint_every=50,
+        checkpoint_every=ctx.topology.checkpoints.steps,
         seed=ctx.seed,
     )
 
@@ -136,7 +133,7 @@ def _core_job(
         init=str(init.folder) if init else None,
         frozen={"teacher": str(teacher.folder)} if distil and teacher else {},
         options={"true_weight": options.true_weight} if distil else {},
-        checkpoint_every=50,
+        checkpoint_every=ctx.topology.checkpoints.steps,
         seed=ctx.seed,
     )
 
@@ -173,7 +170,7 @@ def _later_phases(ctx: Context, core: Policy, config: ModelConfig) -> Policy:
             config=config,
             init=str(start.folder),
             options={"z_loss": phase.z_loss},
-            checkpoint_every=50,
+            checkpoint_every=ctx.topology.checkpoints.steps,
             seed=ctx.seed,
         )
         batches = domain_batches(ctx, dict(phase.mixture), length=phase.sequence_length, batch=phase.batch)

@@ -28,6 +28,7 @@ from quant.recovery import quantize_params
 from quant.sensitivity import error_table
 from topologies.report_data import Figure, StageResult, Table
 from topologies.stage_options import QuantizeStage
+from topologies.stages.committee import lessons
 from topologies.stages.context import Context, Policy
 from topologies.stages.examples import supervised_batches
 from topologies.stages.measure import measure, percent
@@ -53,7 +54,7 @@ def post_training_data(ctx: Context) -> Sequence[Demonstration]:
         return ctx.data.demonstrations
     prompts = ctx.data.prompts[: ctx.topology.stage("distill_committee").prompts]
     best = ctx.once("distill_committee/best", _not_distilled)
-    return [Demonstration(prompt, text) for prompt, text in zip(prompts, best, strict=True)]
+    return lessons(ctx, prompts, best, limit=ctx.topology.stage("distill_committee").sequence_length)
 
 
 def _not_distilled() -> list[str]:

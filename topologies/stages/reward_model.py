@@ -59,6 +59,7 @@ def train_reward_model(
         init=str(start.folder),
         options={"grading_weight": options.grading_weight},
         part="reward",
+        checkpoint_every=ctx.topology.checkpoints.steps,
         seed=ctx.seed,
     )
     rows = preference_rows(ctx.tokenizer, preferences, length=options.sequence_length)
@@ -95,9 +96,9 @@ def reward_table(figures: dict[str, dict[str, float | None]]) -> Table:
     """One row per reward model: pair accuracy, then each grading's accuracy."""
     columns = ["reward model", "pairs", *(name.replace("_", " ") for name in GRADINGS)]
     rows = [[name, *(percent(f[key]) for key in ("pairs", *GRADINGS))] for name, f in figures.items()]
-    first = next(iter(figures.values()))
-    if f"{GRADINGS[0]} majority" in first:
-        last = list(figures.values())[-1]
+    measured = [f for f in figures.values() if f"{GRADINGS[0]} majority" in f]
+    if measured:
+        last = measured[-1]
         rows.append(["always the most frequent class", 50.0, *(percent(last[f"{name} majority"]) for name in GRADINGS)])
     return Table(title="Held-out accuracy of the five heads", columns=columns, rows=rows, note="percent")
 

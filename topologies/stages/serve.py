@@ -52,8 +52,10 @@ def _serve_and_ask(ctx: Context, options: ServeStage) -> dict[str, Any]:
 
 def ask(ctx: Context, serving: Serving, options: ServeStage) -> dict[str, Any]:
     """Every question to every model, greedily; streamed answers must equal the whole ones."""
+    # A proxy from the environment must not come between us and the loopback interface.
+    direct = openai.DefaultHttpxClient(trust_env=False)
     # No key is checked by this server, and the client will not start without one.
-    client = openai.OpenAI(base_url=f"{serving.address}/v1", api_key="unused", timeout=ANSWER_DEADLINE_S)
+    client = openai.OpenAI(base_url=f"{serving.address}/v1", api_key="unused", timeout=ANSWER_DEADLINE_S, http_client=direct)
     models = [model.id for model in client.models.list()]
     answers, equal = [], True
     for question in options.questions:

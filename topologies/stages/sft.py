@@ -23,7 +23,7 @@ def fine_tune(
     stage: str,
     start: Policy,
     policy: Policy,
-) -> dict[str, float]:
+) -> None:
     """Train `policy` from `start` on demonstrations: SFT, rejection sampling and committee distillation alike."""
     job = TrainingJob(
         task=policy.name,
@@ -32,18 +32,19 @@ def fine_tune(
         checkpoint_folder=str(ctx.checkpoints(policy.name)),
         init=str(start.folder),
         options={"dropout": options.dropout},
+        checkpoint_every=ctx.topology.checkpoints.steps,
         seed=ctx.seed,
     )
     batches = supervised_batches(
         ctx.tokenizer, demonstrations, length=options.sequence_length, batch=options.batch, seed=ctx.seed
     )
-    return ctx.train(job, stage=stage, policy=policy, steps=options.steps, batches=batches)
+    ctx.train(job, stage=stage, policy=policy, steps=options.steps, batches=batches)
 
 
 def run(ctx: Context, options: SftStage) -> StageResult:
     """Fine-tune the base model on the demonstrations and measure it on the held-out prompts."""
     policy = ctx.policy("sft")
-    final = fine_tune(ctx, options, ctx.data.demonstrations, stage="sft", start=ctx.base, policy=policy)
+    fine_tune(ctx, options, ctx.data.demonstrations, stage="sft", start=ctx.base, policy=policy)
     measured = measure(ctx, policy, max_tokens=ctx.max_tokens)
     return StageResult(
         name="sft",
@@ -52,7 +53,6 @@ def run(ctx: Context, options: SftStage) -> StageResult:
         figures=[
             Figure(label="greedy accuracy", value=percent(measured.greedy), unit="%", note="held-out prompts"),
             Figure(label="sampled accuracy", value=percent(measured.sampled), unit="%", note="temperature 1"),
-            Figure(label="training loss", value=round(final["nll"], 3), unit="nats/token"),
         ],
         tables=[accuracy_by_kind([measured])],
         curves=[Curve(title="Loss", y=["nll"], unit="nats/token")],

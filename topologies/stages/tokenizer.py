@@ -9,6 +9,7 @@ from pretrain.tokenizer_training import train_tokenizer
 from topologies.report_data import Figure, StageResult, Table
 from topologies.stage_options import TokenizerStage
 from topologies.stages.context import Context
+from topologies.stages.lengths import check_lengths
 
 #: Texts no tokenizer of the paper's kind may change: spaces, newlines, digits, its own signs, other scripts, markers.
 HARD_TEXTS = (
@@ -35,6 +36,7 @@ def run(ctx: Context, options: TokenizerStage) -> StageResult:
         return {"size": train_tokenizer(texts, vocab_size=vocabulary, folder=ctx.run.tokenizer).vocab_size}
 
     size = ctx.once("tokenizer", train)["size"]
+    check_lengths(ctx)
     rows = ctx.once("corpora", lambda: tokenise(ctx))
     trips = ctx.once("round trip", lambda: round_trips(ctx))
     return StageResult(

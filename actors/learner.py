@@ -24,8 +24,9 @@ from afm_rl.config import ModelConfig
 from afm_rl.lora import init_lora
 from afm_rl.model import init_params
 from afm_rl.objectives.mdloo import leave_one_out, shaped_reward, usable_responses
+from afm_rl.objectives.supervised import cross_entropy
 from afm_rl.packing import Batch, Example, PackedRows, pad
-from afm_rl.policy_losses import View, adapter_view, build, full_view, response_logps
+from afm_rl.policy_losses import View, adapter_view, build, full_view, response_logps, sequence_logits
 from afm_rl.recipe import OptimizerSpec
 from afm_rl.reward_model import init_heads
 from afm_rl.training import TrainState, create_state, make_train_step, to_floats
@@ -70,6 +71,14 @@ class TrainingJob:
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """Mean negative log-likelihood (nats) and top-1 accuracy (0..1) per target token of documents not trained on."""
+
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
 class MdlooSettings:
     """The constants of one MDLOO iteration (4.3.3, E.2)."""
 
@@ -111,6 +120,7 @@ class Learner:
         self._step = make_train_step(self._loss, optimizer, seed=job.seed)
         self._job, self.config = job, config
         self._logps = jax.jit(partial(_log_probs, config=config, dtype=self._dtype), static_argnames=("view", "temperature"))
+        self._scores = jax.jit(partial(_scores, config=config, dtype=self._dtype), static_argnames="view")
         self._state = create_state(trained, optimizer)
         return self._restore()
 
@@ -147,13 +157,14 @@ class Learner:
         view = view if which == "current" else full_view
         return np.asarray(self._logps(params, frozen, batch, view=view, temperature=temperature))
 
-    def held_out_losses(self, rows: Mapping[str, PackedRows]) -> dict[str, float]:
-        """Mean negative log-likelihood per target token of each set of packed rows, under the current parameters."""
-        losses = {}
+    def held_out(self, rows: Mapping[str, PackedRows]) -> dict[str, HeldOut]:
+        """Loss and top-1 accuracy on each set of packed rows, under the current parameters."""
+        params = self._require_state().params
+        measured = {}
         for name, packed in rows.items():
-            batch = packed.take(np.arange(len(packed)))
-            losses[name] = float(-self.log_probs(batch).sum() / max(1.0, float(batch["mask_BT"].sum())))
-        return losses
+            metrics = self._scores(params, self._frozen, packed.take(np.arange(len(packed))), view=self._view)
+            measured[name] = HeldOut(loss=float(metrics["nll"]), accuracy=float(metrics["accuracy"]))
+        return measured
 
     def fisher(self, batches: Sequence[Batch]) -> dict[str, np.ndarray]:
         """Mean squared gradient of the job's loss per operation (`quant/sensitivity.py`), over the batches."""
@@ -259,6 +270,11 @@ def _log_probs(
     return response_logps(
         view(params, frozen, batch), batch, config=config, compute_dtype=jnp.dtype(dtype), temperature=temperature
     )
+
+
+def _scores(params: Any, frozen: Any, batch: Batch, *, view: View, config: ModelConfig, dtype: str) -> dict[str, jax.Array]:
+    logits_BTV = sequence_logits(view(params, frozen, batch), batch, config=config, compute_dtype=jnp.dtype(dtype))
+    return cross_entropy(logits_BTV, jnp.asarray(batch["tokens_BT"]), jnp.asarray(batch["mask_BT"]))[1]
 
 
 def _required(value: Any, job: TrainingJob, what: str) -> Any:

@@ -122,4 +122,4 @@ def _run_phase(
             metrics.log(stage=plan.stage, task=phase.job.task, step=step, values=values)
     learner.export(phase.export, plan.tokenizer_folder)
     tokens = phase.steps * phase.batch * phase.sequence_length
-    return PhaseResult(phase.name, learner.held_out_losses(held_out), tokens)
+    return PhaseResult(phase.name, {name: of.loss for name, of in learner.held_out(held_out).items()}, tokens)

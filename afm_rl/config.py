@@ -52,7 +52,7 @@ class ModelConfig:
 PRESETS: dict[str, ModelConfig] = {
     # paper 2 (Table 1) for every dimension; ffn_dim and vocabulary 49,152 from axlearn (paper: "49k").
     "afm-on-device": ModelConfig(49_152, 3072, 8064, 26, 24, 8, 128),
-    # The 6.4B model it is pruned from (paper 3.2.5): same shape, wider FFN; 23,552 is ours (gives 6.4B, a multiple of 128).
+    # The 6.4B model it is pruned from (paper 3.2.1): same shape, wider FFN; 23,552 is ours (gives 6.4B, a multiple of 128).
     "afm-on-device-teacher": ModelConfig(49_152, 3072, 23_552, 26, 24, 8, 128),
     # Vocabulary 100k, head dim 128 and 8 KV heads from the paper; the other dimensions are not published and are ours.
     "afm-server": ModelConfig(100_352, 8192, 22_016, 48, 64, 8, 128),

@@ -91,7 +91,7 @@ class Model(Strict):
 
 
 class SmallModel(Strict):
-    """What `prune` makes: the model with a narrower FFN (3.2.5 prunes nothing else)."""
+    """What `prune` makes: the model with a narrower FFN (3.2.1 prunes nothing else)."""
 
     ffn_dim: Count = 192
 

@@ -122,7 +122,7 @@ class PretrainStage(StageOptions):
 
 
 class PruneStage(StageOptions):
-    """Soft-Top-K pruning of the FFN hidden dimension to `small_model`, then core training, distilled or not (3.2.5)."""
+    """Soft-Top-K pruning of the FFN hidden dimension to `small_model`, then core training, distilled or not (3.2.1)."""
 
     needs = ("tokenizer", "base model")
     makes = ("small base model",)
@@ -138,7 +138,7 @@ class PruneStage(StageOptions):
     end_fraction: Fraction = 0.005
     weight_decay: PositiveOrZero = 3.16e-4
     distill: bool = True
-    true_weight: Fraction = 0.1  # paper 3.2.5: 0.1 true label + 0.9 teacher's top-1
+    true_weight: Fraction = 0.1  # paper 3.2.1: 0.1 true label + 0.9 teacher's top-1
     scratch: bool = True  # also train the small model from scratch, to compare
     mixture: dict[Domain, PositiveOrZero] = {"web": 0.35, "code": 0.5, "math": 0.15}
 

@@ -101,7 +101,7 @@ def test_log_probabilities_and_held_out_loss(tmp_path: Path, folders: dict[str, 
         expected = np_logps(random_params(seed), batch, 0.8)
         np.testing.assert_allclose(learner.log_probs(batch, which, temperature=0.8), expected, atol=1e-5)
     documents = [Example([1, 2, 3]), Example([4, 5])]
-    loss = learner.held_out_losses({"web": pack(documents, length=8, pad_id=0)})["web"]
+    loss = learner.held_out({"web": pack(documents, length=8, pad_id=0)})["web"].loss
     assert loss == pytest.approx(-np_logps(random_params(0), pad(documents, pad_id=0)).sum() / 3, rel=1e-5)
 
 

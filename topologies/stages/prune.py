@@ -48,15 +48,15 @@ def run(ctx: Context, options: PruneStage) -> StageResult:
         steps=options.steps,
         batches=core_batches,
     )
-    losses = {"pruned, before core training": _losses(ctx, cut), "pruned and distilled": _losses(ctx, core)}
+    found = {"pruned, before core training": _measured(ctx, cut), "pruned and distilled": _measured(ctx, core)}
     if options.scratch:
         job = _core_job(ctx, options, "small-scratch", init=None, teacher=None, config=config)
         ctx.train(job, stage=STAGE, policy=scratch, steps=options.steps, batches=core_batches)
-        losses["from scratch, same steps"] = _losses(ctx, scratch)
-    losses["large model (core)"] = _losses(ctx, large)
+        found["from scratch, same steps"] = _measured(ctx, scratch)
+    found["large model (core)"] = _measured(ctx, large)
     final = _later_phases(ctx, core, config)
-    losses["small model after the later stages"] = _losses(ctx, final)
-    domains = sorted(next(iter(losses.values())))
+    found["small model after the later stages"] = _measured(ctx, final)
+    domains = sorted(next(iter(found.values())))
     return StageResult(
         name=STAGE,
         title="The small model: pruning and distillation",
@@ -67,10 +67,11 @@ def run(ctx: Context, options: PruneStage) -> StageResult:
         ],
         tables=[
             Table(
-                title="Held-out loss",
+                title="Held-out loss / next-token accuracy",
                 columns=["model", *domains],
-                rows=[[name, *(round(by[d], 3) for d in domains)] for name, by in losses.items()],
-                note="nats per token",
+                rows=[[name, *(f"{by[d][0]:.3f} / {100 * by[d][1]:.1f}" for d in domains)] for name, by in found.items()],
+                note="nats per token / percent. Top-1 distillation sharpens: it is taught the teacher's first choice, so "
+                "its accuracy is what to compare; the loss on the true label rises until the later stages",
             )
         ],
         curves=[
@@ -186,10 +187,10 @@ def _copy(source: Policy, target: Policy) -> None:
     shutil.copytree(source.folder, target.folder)
 
 
-def _losses(ctx: Context, policy: Policy) -> dict[str, float]:
-    """Held-out loss per domain of a policy, computed by the learner; journalled."""
+def _measured(ctx: Context, policy: Policy) -> dict[str, list[float]]:
+    """(Loss, top-1 accuracy) per domain of a policy on held-out documents, computed by the learner; journalled."""
 
-    def work() -> dict[str, float]:
+    def work() -> dict[str, list[float]]:
         rows = _held_out(ctx)
         job = TrainingJob(
             task=f"measure-{policy.name}",
@@ -199,7 +200,7 @@ def _losses(ctx: Context, policy: Policy) -> dict[str, float]:
             init=str(policy.folder),
         )
         call(ctx.system.learner, "begin", job)
-        return call(ctx.system.learner, "held_out_losses", rows)
+        return {name: [of.loss, of.accuracy] for name, of in call(ctx.system.learner, "held_out", rows).items()}
 
     return ctx.once(f"losses/{policy.name}", work)
 

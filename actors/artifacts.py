@@ -80,7 +80,7 @@ def save_artifact(
 
 
 def _replace(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write beside the folder, then swap: a kill in between leaves the old folder or the new one, never half of one."""
+    """Write beside the folder, then swap: a kill leaves the old folder, none, or the new one, never half of one."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

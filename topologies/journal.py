@@ -31,7 +31,7 @@ _ONCE = "once"
 _log = logging.getLogger(__name__)
 
 
-class JournalError(Exception):
+class JournalError(UserError):
     """The journal is damaged where no crash can damage it."""
 
 

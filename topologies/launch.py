@@ -60,7 +60,7 @@ STAGES: dict[str, Stage] = {
 }
 #: Figures that the report's first lines repeat: (stage, label).
 HEADLINE = (
-    ("pretrain", "needle recall after"),
+    ("reward_model", "held-out pair accuracy"),
     ("itec", "SFT greedy accuracy"),
     ("itec", "MDLOO greedy accuracy"),
     ("itec", "MDLOO gain on held-out operands"),

@@ -76,7 +76,7 @@ def run(ctx: Context, options: ItecStage) -> StageResult:
             _members_table(baseline, scores),
             rerank_table(ctx, options, committee, this.reward_model),
             reward_table(reward_models),
-            accuracy_by_kind([baseline, *(s.measured for s in scores)]),
+            accuracy_by_kind([baseline, *(s.measured for s in scores if s.policy.name != sft.name)]),
         ],
         curves=_curves(options),
     )

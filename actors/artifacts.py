@@ -16,7 +16,7 @@ from afm_rl.config import ModelConfig
 from afm_rl.huggingface import load_params, save_pretrained
 from afm_rl.safetensors_file import read_safetensors, write_safetensors
 from afm_rl.tokenizer import Tokenizer
-from afm_rl.weights import leaves
+from afm_rl.weights import leaves, nest
 from quant.package import is_package, read_adapter, read_package, write_adapter
 
 HEADS_FILE = "heads.safetensors"
@@ -52,7 +52,7 @@ def load_artifact(folder: str | Path) -> Artifact:
         return Artifact(package.params, package.config)
     config, params = load_params(folder)
     if (folder / HEADS_FILE).exists():
-        return Artifact({"trunk": params, "heads": _nested(read_safetensors(folder / HEADS_FILE))}, config)
+        return Artifact({"trunk": params, "heads": nest(read_safetensors(folder / HEADS_FILE))}, config)
     return Artifact(params, config)
 
 
@@ -87,14 +87,3 @@ def _replace(folder: Path, write: Callable[[Path], None]) -> None:
     write(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
-
-
-def _nested(flat: dict[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return tree

@@ -47,15 +47,23 @@ def unflatten(weights: Weights) -> dict[str, Any]:
             f"weights of policy {weights.policy!r} version {weights.version} are damaged: digest {found[:12]} "
             f"instead of {weights.digest[:12]}; publish them again"
         )
-    tree: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for path, dtype, shape, offset in weights.layout:
         size = int(np.prod(shape, dtype=np.int64))
-        flat = weights.buffers[dtype][offset : offset + size]
+        values = weights.buffers[dtype][offset : offset + size]
+        flat[path] = (values.view(ml_dtypes.bfloat16) if dtype == "bfloat16" else values).reshape(shape)
+    return nest(flat)
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dict whose `leaves` are these paths and values."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
         *parents, name = path.split("/")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[name] = (flat.view(ml_dtypes.bfloat16) if dtype == "bfloat16" else flat).reshape(shape)
+        node[name] = value
     return tree
 
 

@@ -8,7 +8,7 @@ specification) lives here too, because all three log-probabilities must come fro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,13 +23,13 @@ from afm_rl import checkpoint
 from afm_rl.config import ModelConfig
 from afm_rl.lora import init_lora
 from afm_rl.model import init_params
-from afm_rl.objectives.mdloo import leave_one_out, shaped_reward, usable_responses
+from afm_rl.objectives.mdloo import leave_one_out, sequence_metrics, shaped_reward, usable_responses
 from afm_rl.objectives.supervised import cross_entropy
-from afm_rl.packing import Batch, Example, PackedRows, pad
+from afm_rl.packing import Batch, Example, PackedRows, cut, length_buckets, pad
 from afm_rl.policy_losses import View, adapter_view, build, full_view, response_logps, sequence_logits
 from afm_rl.recipe import OptimizerSpec
 from afm_rl.reward_model import init_heads
-from afm_rl.training import TrainState, create_state, make_train_step, to_floats
+from afm_rl.training import TrainState, create_state, make_accumulated_step, make_train_step, to_floats
 from afm_rl.types import ScoredGroup, Weights
 from afm_rl.weights import flatten
 from pretrain.pruning import init_scores, mask_view, prune
@@ -80,11 +80,12 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class MdlooSettings:
-    """The constants of one MDLOO iteration (4.3.3, E.2)."""
+    """The constants of one MDLOO iteration (4.3.3, E.2); `microbatch` is how many responses share a forward pass."""
 
     beta: float
     inner_steps: int
     temperature: float
+    microbatch: int = 64
 
 
 class Learner:
@@ -117,7 +118,8 @@ class Learner:
         trained = self._trained(job, params, config)
         optimizer = job.optimizer.build(width=config.dim)
         self._loss = build(job.objective, config, options, view=self._view)
-        self._step = make_train_step(self._loss, optimizer, seed=job.seed)
+        make_step = make_accumulated_step if job.objective == "mdloo" else make_train_step
+        self._step: Callable[..., Any] = make_step(self._loss, optimizer, seed=job.seed)
         self._job, self.config = job, config
         self._logps = jax.jit(partial(_log_probs, config=config, dtype=self._dtype), static_argnames=("view", "temperature"))
         self._scores = jax.jit(partial(_scores, config=config, dtype=self._dtype), static_argnames="view")
@@ -174,15 +176,18 @@ class Learner:
         return fisher_diagonal(gradient(batch) for batch in batches)
 
     def update_mdloo(self, iteration: int, groups: Sequence[ScoredGroup], settings: MdlooSettings) -> dict[str, float]:
-        """One policy-update stage over n x K responses sampled from the current parameters (theta_k).
+        """One policy-update stage over n x K responses sampled from the current parameters (theta_k), in microbatches.
 
         R = r - beta * log(pi_theta_k / pi_ref), frozen over the inner steps; leave-one-out inside a prompt's group; then
         `inner_steps` steps of Eq. 9. Groups with fewer than two valid responses do not count. Raises ValueError when no
         group is left.
         """
         batch, reward_PG, valid_PG = responses_batch(groups)
-        behavior_logp_BT = self.log_probs(batch, temperature=settings.temperature)
-        ref_logp_BT = self.log_probs(batch, "reference", temperature=settings.temperature)
+        length_B = np.array([len(g.group.prompt_T) + len(response) for g in groups for response in g.group.responses])
+        parts = length_buckets(length_B, rows=settings.microbatch)
+        behavior_logp_BT, ref_logp_BT = (
+            self._log_probs_in_parts(batch, parts, which, settings.temperature) for which in ("current", "reference")
+        )
         shape = reward_PG.shape
         kl_ref_B = behavior_logp_BT.sum(-1) - ref_logp_BT.sum(-1)
         total_PG = shaped_reward(
@@ -202,13 +207,23 @@ class Learner:
             "advantage_B": advantage_PG.reshape(-1).astype(np.float32),
             "num_sequences": np.asarray(counted_B.sum(), np.float32),
         }
+        microbatches = [cut(batch, rows, width) for rows, width in parts]
         for _ in range(settings.inner_steps):
-            self._state, device_metrics = self._step(self._require_state(), self._frozen, batch)
+            self._state, measured = self._step(self._require_state(), self._frozen, microbatches)
         if (iteration + 1) % self._require_job().checkpoint_every == 0:
             self.save(iteration + 1)
         sampler_logp_B = np.array([logp.sum() for g in groups for logp in g.group.logps])
+        order = np.concatenate([rows for rows, _ in parts])
+        device_metrics = sequence_metrics(
+            np.concatenate([of_part["log_ratio_B"] for of_part in measured]),
+            batch["advantage_B"][order],
+            batch["mask_BT"][order].any(-1),
+            gamma=self._require_job().options["gamma"],
+        )
         return {
             **to_floats(device_metrics),
+            "loss": sum(float(of_part["loss"]) for of_part in measured),
+            "grad_norm": float(measured[0]["grad_norm"]),
             "reward": float(reward_PG[valid_PG].mean()),
             "kl_to_reference": float(kl_ref_B[counted_B].mean()),
             "advantage_std": float(advantage_PG[usable_PG].std()),
@@ -216,6 +231,15 @@ class Learner:
             "response_tokens": float(np.mean([len(r) for g in groups for r in g.group.responses])),
             "groups_dropped": float((~usable_PG.any(-1)).sum()),
         }
+
+    def _log_probs_in_parts(
+        self, batch: Batch, parts: Sequence[tuple[np.ndarray, int]], which: str, temperature: float
+    ) -> np.ndarray:
+        """`log_probs` of a padded batch, microbatch by microbatch -> [B, T]."""
+        logp_BT = np.zeros_like(batch["mask_BT"])
+        for rows, width in parts:
+            logp_BT[rows, :width] = self.log_probs(cut(batch, rows, width), which, temperature)
+        return logp_BT
 
     def save(self, step: int) -> None:
         """Commit a checkpoint of the job at `step` (for MDLOO: iterations done)."""

@@ -109,6 +109,24 @@ def pad(examples: Sequence[Example], *, pad_id: int, multiple: int = 16, length:
     return {"tokens_BT": tokens_BT, "mask_BT": mask_BT}
 
 
+def length_buckets(length_B: np.ndarray, *, rows: int, multiple: int = 16) -> list[tuple[np.ndarray, int]]:
+    """Cut a padded batch into microbatches of at most `rows` rows of like length: (row indices, width), shortest first.
+
+    The width is the longest row's length rounded up to `multiple`. A batch that fits into one keeps its order.
+    """
+    order = np.argsort(length_B, kind="stable") if len(length_B) > rows else np.arange(len(length_B))
+    parts = [order[first : first + rows] for first in range(0, len(order), rows)]
+    return [(part, -(-int(length_B[part].max()) // multiple) * multiple) for part in parts]
+
+
+def cut(batch: Batch, rows: np.ndarray, width: int) -> Batch:
+    """Rows of a padded batch, its [B, T] entries cut to `width`; scalars belong to the whole batch and stay."""
+    return {
+        name: value[rows, :width] if value.ndim == 2 else value[rows] if value.ndim else value
+        for name, value in batch.items()
+    }
+
+
 def epoch_rows(step: int, *, batch: int, rows: int, seed: int) -> np.ndarray:
     """Row indices of batch `step` of endless shuffled epochs: a pure function, so that a resume needs no iterator state."""
     if rows < 1:

@@ -23,7 +23,7 @@ from afm_rl.objectives.dpo import dpo_loss
 from afm_rl.objectives.ipo import ipo_loss
 from afm_rl.objectives.mdloo import mdloo_loss
 from afm_rl.objectives.reward import reward_loss
-from afm_rl.objectives.sequence import token_logps
+from afm_rl.objectives.sequence import masked_sum, token_logps
 from afm_rl.objectives.supervised import cross_entropy
 from afm_rl.reward_model import score
 from afm_rl.training import Batch, LossFn
@@ -177,12 +177,15 @@ def preference(
 
 
 def mdloo(config: ModelConfig, *, gamma: float, temperature: float = 1.0, compute_dtype: str = "float32") -> LossFn:
-    """Eq. 9 (see `objectives/mdloo.py`). Batch: tokens_BT, mask_BT, behavior_logp_BT, advantage_B, num_sequences."""
+    """Eq. 9 (see `objectives/mdloo.py`). Batch: tokens_BT, mask_BT, behavior_logp_BT, advantage_B, num_sequences.
+
+    It reports each sequence's log(pi_theta / pi_k), from which `mdloo.sequence_metrics` makes the metrics of all microbatches.
+    """
 
     def loss(params: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         del frozen, key
         logp_BT = response_logps(params, batch, config=config, compute_dtype=compute_dtype, temperature=temperature)
-        return mdloo_loss(
+        value, _ = mdloo_loss(
             logp_BT=logp_BT,
             behavior_logp_BT=batch["behavior_logp_BT"],
             advantage_B=batch["advantage_B"],
@@ -190,6 +193,7 @@ def mdloo(config: ModelConfig, *, gamma: float, temperature: float = 1.0, comput
             gamma=gamma,
             num_sequences=batch["num_sequences"],
         )
+        return value, {"log_ratio_B": masked_sum(logp_BT - batch["behavior_logp_BT"], batch["mask_BT"])}
 
     return loss
 

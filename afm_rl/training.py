@@ -7,7 +7,7 @@ handed to the loss beside the trained parameters and receives no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -53,6 +53,38 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def make_accumulated_step(
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, *, seed: int = 0
+) -> Callable[[TrainState, Any, Sequence[Batch]], tuple[TrainState, list[dict[str, jax.Array]]]]:
+    """A `(state, frozen, microbatches) -> (state, metrics of each)`: one update by the sum of the microbatches' gradients.
+
+    The loss has to be normalised by the whole batch. Memory is that of the largest microbatch; each of their shapes is
+    compiled once. The state is donated.
+    """
+
+    def gradient(total: Any, params: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, frozen, batch, key)
+        return jax.tree.map(jnp.add, total, grads), {"loss": loss, **metrics}
+
+    def apply(state: TrainState, grads: Any) -> tuple[TrainState, jax.Array]:
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), optax.global_norm(grads)
+
+    add_gradient, apply = jax.jit(gradient, donate_argnums=0), jax.jit(apply, donate_argnums=0)
+
+    def step(state: TrainState, frozen: Any, microbatches: Sequence[Batch]) -> tuple[TrainState, list[dict[str, jax.Array]]]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        total = jax.tree.map(jnp.zeros_like, state.params)
+        measured = []
+        for index, batch in enumerate(microbatches):
+            total, metrics = add_gradient(total, state.params, frozen, batch, jax.random.fold_in(key, index))
+            measured.append(metrics)
+        state, grad_norm = apply(state, total)
+        return state, [{"grad_norm": grad_norm, **metrics} for metrics in measured]
+
+    return step
 
 
 def to_floats(metrics: Mapping[str, Any]) -> dict[str, float]:

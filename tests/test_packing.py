@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from afm_rl.packing import OPEN_ROWS, Example, epoch_rows, pack, pad
+from afm_rl.packing import OPEN_ROWS, Example, cut, epoch_rows, length_buckets, pack, pad
 
 
 def test_two_documents_share_a_row() -> None:
@@ -93,3 +93,18 @@ def test_epochs_visit_every_row_once(batch: int) -> None:
     assert not np.array_equal(epoch_rows(0, batch=7, rows=7, seed=1), epoch_rows(0, batch=7, rows=7, seed=2))
     with pytest.raises(ValueError, match="no examples"):
         epoch_rows(0, batch=2, rows=0, seed=0)
+
+
+def test_length_buckets_cover_every_row_once_and_cut_only_padding() -> None:
+    """Guards microbatches: no row lost or doubled, widths as narrow as the rows allow, whole-batch scalars untouched."""
+    length_B = np.array([5, 40, 17, 16, 33, 3])
+    mask_BT = (np.arange(48) < length_B[:, None]).astype(np.float32)
+    parts = length_buckets(length_B, rows=4)
+    assert [(rows.tolist(), width) for rows, width in parts] == [([5, 0, 3, 2], 32), ([4, 1], 48)]
+    batch = {"mask_BT": mask_BT, "advantage_B": length_B.astype(np.float32), "num_sequences": np.asarray(6.0)}
+    pieces = [cut(batch, rows, width) for rows, width in parts]
+    assert [piece["mask_BT"].shape for piece in pieces] == [(4, 32), (2, 48)]
+    assert sum(piece["mask_BT"].sum() for piece in pieces) == mask_BT.sum()
+    assert all(np.array_equal(piece["mask_BT"].sum(1), piece["advantage_B"]) for piece in pieces)
+    assert {float(piece["num_sequences"]) for piece in pieces} == {6.0}
+    assert [(rows.tolist(), width) for rows, width in length_buckets(length_B, rows=6)] == [([0, 1, 2, 3, 4, 5], 48)]

@@ -198,6 +198,7 @@ class MdlooTraining(Strict):
     gamma: PositiveOrZero = 1.0  # reward per nat of sequence KL to theta_k
     learning_rate: Positive = 2e-5
     warmup_steps: CountOrZero = 10
+    microbatch: Count = 64  # responses that share a forward pass; bounds the learner's memory
     temperature: Positive = 1.0
     max_tokens: Count = 32
     reward: RewardWeights = RewardWeights()

@@ -103,13 +103,15 @@ def mdloo_loss(
     weight_B = jax.lax.stop_gradient(ratio_B * (advantage_B - gamma * d_B))
     total = present_B.sum() if num_sequences is None else num_sequences
     loss = -(weight_B * sequence_logp(logp_BT, mask_BT)).sum() / jnp.maximum(jnp.asarray(total, logp_BT.dtype), 1)
-    metrics = _metrics(ratio_B, d_B, advantage_B, gamma=gamma, present_B=present_B)
-    return loss, {**metrics, "d_max_hits": (present_B & (d_B > d_max)).sum()}
+    return loss, sequence_metrics(d_B, advantage_B, present_B, gamma=gamma, d_max=d_max)
 
 
-def _metrics(
-    ratio_B: jax.Array, d_B: jax.Array, advantage_B: jax.Array, *, gamma: float, present_B: jax.Array
+def sequence_metrics(
+    log_ratio_B: Any, advantage_B: Any, present_B: Any, *, gamma: float, d_max: float = 20.0
 ) -> dict[str, jax.Array]:
+    """The metrics of `mdloo_loss` from each sequence's log(pi_theta / pi_k), those of several microbatches together."""
+    d_B, advantage_B = jnp.asarray(log_ratio_B), jnp.asarray(advantage_B)
+    ratio_B = jnp.where(present_B, jnp.exp(jnp.minimum(d_B, d_max)), 0)
     count = jnp.maximum(present_B.sum(), 1).astype(ratio_B.dtype)
     # rho d - rho + 1: KL(pi_theta || pi_k) under samples of pi_k, unbiased since E[rho] = 1, and never negative.
     kl = jnp.where(present_B, ratio_B * (d_B - 1.0) + 1.0, 0).sum() / count
@@ -121,4 +123,5 @@ def _metrics(
         "ratio_max": ratio_B.max(),
         "effective_sample_fraction": jnp.square(ratio_B.sum()) / jnp.maximum(count * jnp.square(ratio_B).sum(), tiny),
         "sequences": present_B.sum(),
+        "d_max_hits": (present_B & (d_B > d_max)).sum(),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,10 +164,10 @@ class Spy(Learner):
         step = super().begin(job)
         inner = self._step
 
-        def recorded(state: Any, frozen: Any, batch: Batch) -> Any:
+        def recorded(state: Any, frozen: Any, microbatches: Sequence[Batch]) -> Any:
             self.events.append("step")
-            self.batches.append({name: np.array(value) for name, value in batch.items()})
-            return inner(state, frozen, batch)
+            self.batches += [{name: np.array(value) for name, value in batch.items()} for batch in microbatches]
+            return inner(state, frozen, microbatches)
 
         self._step = recorded  # type: ignore[assignment]
         return step
@@ -242,6 +243,22 @@ def test_the_first_inner_step_is_on_policy(tmp_path: Path, folders: dict[str, st
     assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-5)
     assert metrics["effective_sample_fraction"] == pytest.approx(1, abs=1e-5)
     assert metrics["kl_to_behavior"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("microbatch", [1, 4])
+def test_microbatches_change_nothing(
+    microbatch: int, update: tuple[Spy, dict[str, float]], tmp_path: Path, folders: dict[str, str]
+) -> None:
+    """Guards the sum of gradients over microbatches of other widths and another order, and the metrics over all of them."""
+    whole, expected = update
+    learner = Spy()
+    learner.begin(mdloo_job(tmp_path, folders))
+    metrics = learner.update_mdloo(0, groups(0), dataclasses.replace(SETTINGS, microbatch=microbatch))
+    assert len(learner.batches) == 2 * -(-9 // microbatch)
+    assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    trees = (jax.tree.leaves(of._require_state().params) for of in (learner, whole))
+    for ours, theirs in zip(*trees, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
 def test_mdloo_continues_exactly(tmp_path: Path, folders: dict[str, str]) -> None:

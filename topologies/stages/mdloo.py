@@ -83,7 +83,12 @@ def _iterate(ctx: Context, options: MdlooTraining, iteration: int, *, stage: str
     generated = time.perf_counter()
     scored = _score(ctx, groups, prompts)
     rewarded = time.perf_counter()
-    settings = MdlooSettings(beta=options.beta, inner_steps=options.inner_steps, temperature=options.temperature)
+    settings = MdlooSettings(
+        beta=options.beta,
+        inner_steps=options.inner_steps,
+        temperature=options.temperature,
+        microbatch=options.microbatch,
+    )
     metrics = call(ctx.system.learner, "update_mdloo", iteration, scored, settings)
     updated = time.perf_counter()
     tokens = sum(len(response) for group in groups for response in group.responses)

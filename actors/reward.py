@@ -109,15 +109,25 @@ class Reward:
             grades[rows] = classes[: len(rows)]
         return SequenceScores(rewards, grades)
 
-    def rerank(self, candidates: Sequence[Sequence[np.ndarray]]) -> list[int]:
-        """Per prompt, the index of the best of its candidate sequences (prompt and response tokens)."""
-        scores = self.sequence_scores([s for group in candidates for s in group]).reward_B
-        ends = np.cumsum([len(group) for group in candidates])
-        return [int(np.argmax(part)) for part in np.split(scores, ends[:-1])]
+    def rerank(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[int]:
+        """Per prompt, the index of the response with the highest reward (4.3.2), by the components of the last `load`.
+
+        The first one where no response of a prompt has a reward.
+        """
+        scored = self.score([self._as_group(p, texts) for p, texts in zip(prompts, responses, strict=True)], prompts)
+        return [int(np.where(s.valid_G, s.reward_G, -np.inf).argmax()) for s in scored]
 
     def invalid_responses(self) -> int:
         """How many responses got no reward since the start."""
         return self._invalid
+
+    def _as_group(self, prompt: Prompt, texts: Sequence[str]) -> Group:
+        """Texts as a group: nobody's log-probabilities, which no reward looks at."""
+        assert self._tokenizer is not None
+        tokens = tuple(np.asarray(self._tokenizer.encode_response(text), np.int32) for text in texts)
+        prompt_T = np.asarray(self._tokenizer.encode_chat(prompt.messages), np.int32)
+        no_logps = tuple(np.zeros(len(t), np.float32) for t in tokens)
+        return Group(prompt.id, prompt_T, tokens, no_logps, (True,) * len(tokens), policy="", version=0)
 
     def _verify(self, group: Group, prompt: Prompt) -> np.ndarray:
         """1 where the checks pass, 0 where not or without checks, NaN (invalid) where a check failed to run."""

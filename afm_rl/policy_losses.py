@@ -179,7 +179,7 @@ def preference(
 def mdloo(config: ModelConfig, *, gamma: float, temperature: float = 1.0, compute_dtype: str = "float32") -> LossFn:
     """Eq. 9 (see `objectives/mdloo.py`). Batch: tokens_BT, mask_BT, behavior_logp_BT, advantage_B, num_sequences.
 
-    It reports each sequence's log(pi_theta / pi_k), from which `mdloo.sequence_metrics` makes the metrics of all microbatches.
+    It reports each sequence's log(pi_theta / pi_k): `mdloo.sequence_metrics` makes the metrics of all microbatches of it.
     """
 
     def loss(params: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -147,6 +147,7 @@ class FineTuning(Training):
     """Imitation of given responses: demonstrations, or the ones the reward model likes best (4.2, 4.3.2)."""
 
     dropout: Fraction = 0.1  # paper 4.2
+    end_fraction: Fraction = 1.0  # of the learning rate at the last step, by a cosine; 1: constant (paper 4.2)
 
 
 class SftStage(StageOptions, FineTuning):
@@ -197,6 +198,7 @@ class MdlooTraining(Strict):
     beta: PositiveOrZero = 0.05  # per nat of KL to the reference, inside R
     gamma: PositiveOrZero = 1.0  # reward per nat of sequence KL to theta_k
     learning_rate: Positive = 2e-5
+    end_fraction: Fraction = 1.0  # of the learning rate at the last step, by a cosine; 1: constant
     warmup_steps: CountOrZero = 10
     microbatch: Count = 64  # responses that share a forward pass; bounds the learner's memory
     temperature: Positive = 1.0
@@ -216,6 +218,7 @@ class ItecStage(StageOptions):
     prompts_per_round: Count = 128
     responses_per_prompt: Annotated[int, Field(ge=2)] = 8  # of the whole committee, shared out among its members
     pairs_per_prompt: Count = 2
+    rerank: RewardWeights = RewardWeights()  # by which RS, and SFT from round 2 on, are taught; held-out prompts: the model
     rerank_prompts: Count = 100  # held-out prompts on which prompt-level reranking is measured (4.3.2)
     responses_per_member: Count = 2  # there
     temperature: Positive = 1.0
@@ -244,6 +247,7 @@ class DistillCommitteeStage(StageOptions, FineTuning):
     name: Literal["distill_committee"] = "distill_committee"
     prompts: Count = 256
     responses_per_member: Count = 2
+    rerank: RewardWeights = RewardWeights()
     temperature: Positive = 1.0
     max_tokens: Count = 32
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import platform
+import resource
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from actors.host import DeadlineError, InlineHandle, RayHandle, call, gather, spread
+from actors.host import DeadlineError, InlineHandle, RayHandle, call, gather, return_freed_memory, spread
 
 
 class Counter:
@@ -56,6 +59,25 @@ def test_an_inline_actor_answers_and_is_counted() -> None:
     assert (stats.name, stats.role, stats.calls) == ("learner-0", "Counter", 3)
     assert stats.busy_s >= 0
     assert stats.peak_mib > 1
+
+
+def resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+@pytest.mark.skipif(
+    "glibc" not in platform.libc_ver(), reason="only glibc keeps freed memory mapped and can be asked for it"
+)
+def test_freed_memory_goes_back_to_the_machine() -> None:
+    """Guards the memory of idle actors: blocks freed below ones still in use stay mapped until asked for."""
+    blocks = [bytearray(60_000) for _ in range(2000)]  # 114 MiB, too small each to be mapped on their own
+    kept = blocks[::40]
+    del blocks
+    before = resident_mib()
+    return_freed_memory()
+    assert before - resident_mib() > 60
+    assert len(kept) == 50
 
 
 def test_a_call_may_be_an_argument() -> None:

@@ -77,18 +77,6 @@ def test_scores_are_those_of_each_sequence_alone(
     assert len({round(float(r), 3) for r in found.reward_B}) == 10
 
 
-def test_reranking_picks_the_best_of_each_prompt(
-    tokenizer: tuple[Tokenizer, str], model: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Guards 4.3.2: the index within the prompt's own candidates, however many there are."""
-    monkeypatch.setattr(reward_module, "ROWS", 4)
-    batch = sequences(10)
-    actor = loaded(tokenizer, model[0], model=1.0)
-    rewards = actor.sequence_scores(batch).reward_B
-    best = actor.rerank([batch[:3], batch[3:4], batch[4:]])
-    assert best == [int(rewards[:3].argmax()), 0, int(rewards[4:].argmax())]
-
-
 def group(tokenizer: Tokenizer, name: str, *responses: str) -> Group:
     tokens = tuple(np.array(tokenizer.encode_response(r), np.int32) for r in responses)
     logps = tuple(np.zeros(len(t), np.float32) for t in tokens)
@@ -100,6 +88,26 @@ def prompt(name: str, **check: str) -> Prompt:
 
 
 YES = prompt("p", type="contains", text="yes")
+
+
+def test_reranking_picks_the_best_of_each_prompt(
+    tokenizer: tuple[Tokenizer, str], model: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards 4.3.2: the index within the prompt's own candidates, by the model, the checks, or both."""
+    monkeypatch.setattr(reward_module, "ROWS", 4)
+    prompts = [YES, prompt("q", type="ends_with", text="no")]
+    responses = [["a", "b", "yes", "d", "oh"], ["no", "yes"]]
+    actor = loaded(tokenizer, model[0], model=1.0)
+    chats = [tokenizer[0].encode_chat(p.messages) for p in prompts]
+    sequences_ = [
+        np.array([*chat, *tokenizer[0].encode_response(text)], np.int32)
+        for chat, texts in zip(chats, responses, strict=True)
+        for text in texts
+    ]
+    rewards = actor.sequence_scores(sequences_).reward_B
+    assert actor.rerank(prompts, responses) == [int(rewards[:5].argmax()), int(rewards[5:].argmax())]
+    assert loaded(tokenizer, model[0], model=1e-3, verifier=1.0).rerank(prompts, responses) == [2, 0]
+    assert loaded(tokenizer, None, verifier=1.0).rerank(prompts, responses) == [2, 0]
 
 
 def test_the_verifier_reads_the_text(tokenizer: tuple[Tokenizer, str]) -> None:

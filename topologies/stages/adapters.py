@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from topologies.report_data import Curve, Figure, StageResult
+from afm_rl.data.checks import token_f1
+from topologies.report_data import Curve, Figure, StageResult, Table
 from topologies.stage_options import AdaptersStage
 from topologies.stages.adapter_training import merged_policy, publish_adapter, train_adapter
 from topologies.stages.context import Context
@@ -10,7 +11,6 @@ from topologies.stages.examples import supervised_batches
 from topologies.stages.measure import Measured, measure, percent
 from topologies.stages.quantize import package_folder
 from topologies.stages.recover import adapter_folder
-from topologies.stages.tables import accuracy_by_kind
 
 STAGE = "adapters"
 
@@ -50,9 +50,27 @@ def run(ctx: Context, options: AdaptersStage) -> StageResult:
         title=f"Feature adapter: {options.feature}",
         paper="5.1",
         figures=[
-            Figure(label=f"started from {start}, greedy accuracy", value=percent(m.greedy), unit="%")
+            Figure(label=f"started from {start}, token F1", value=percent(overlap(ctx, m)), unit="%", note="greedy")
             for start, m in scores.items()
         ],
-        tables=[accuracy_by_kind(list(scores.values()), title="Held-out accuracy on the feature (greedy / sampled)")],
+        tables=[
+            Table(
+                title="The feature on held-out prompts, greedy",
+                columns=["adapter", "token F1 %", "accuracy %"],
+                rows=[[m.policy, percent(overlap(ctx, m)), percent(m.greedy)] for m in scores.values()],
+                note="token F1: words shared with the prompt's reference; accuracy: every check of the prompt passes",
+            )
+        ],
         curves=[Curve(title="Loss", y=["nll"], unit="nats/token")],
     )
+
+
+def overlap(ctx: Context, measured: Measured) -> float | None:
+    """Mean token F1 of the greedy answers with the references of the feature's prompts; None where none has one."""
+    scores = [
+        token_f1(answer, check["text"])
+        for prompt, answer in zip(ctx.data.feature_eval_prompts, measured.greedy_answers, strict=True)
+        for check in prompt.checks
+        if check["type"] == "reference"
+    ]
+    return sum(scores) / len(scores) if scores else None

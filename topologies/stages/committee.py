@@ -13,10 +13,13 @@ import numpy as np
 from actors.host import call, gather, spread
 from actors.reward import RewardSpec
 from afm_rl.types import Demonstration, Pair, Prompt
+from topologies.stage_options import RewardWeights
 from topologies.stages.context import Context, Policy
 from topologies.stages.examples import fits
 from topologies.stages.measure import answer_example
 
+#: The reward by which answers to held-out prompts are chosen: a verifier would be the evaluation itself.
+LEARNED_ALONE = RewardWeights(model=1.0, verifier=0.0)
 #: What every member answered to one prompt: policy name -> response texts.
 Answers = Mapping[str, Sequence[str]]
 
@@ -79,10 +82,16 @@ def distinct_pairs(
     return pairs
 
 
-def best_answers(ctx: Context, reward_model: Policy, answers: Sequence[Answers], prompts: Sequence[Prompt]) -> list[str]:
-    """The response the reward model likes best for each prompt, over all members."""
+def best_answers(
+    ctx: Context, reward_model: Policy, answers: Sequence[Answers], prompts: Sequence[Prompt], *, weights: RewardWeights
+) -> list[str]:
+    """The response with the highest reward for each prompt, over all members."""
     candidates = [[text for texts in by_member.values() for text in texts] for by_member in answers]
-    return [texts[i] for texts, i in zip(candidates, _rerank(ctx, reward_model, candidates, prompts), strict=True)]
+    _load(ctx, reward_model, weights)
+    shares = zip(spread(ctx.system.rewards, prompts), spread(ctx.system.rewards, candidates), strict=True)
+    pending = [handle.submit("rerank", asked, texts) for (handle, asked), (_, texts) in shares]
+    picked = [i for part in gather(pending) for i in part]
+    return [texts[i] for texts, i in zip(candidates, picked, strict=True)]
 
 
 def lessons(ctx: Context, prompts: Sequence[Prompt], answers: Sequence[str], *, limit: int) -> list[Demonstration]:
@@ -123,15 +132,8 @@ def _rewards(
     return np.split(scores, np.cumsum([len(ts) for ts in texts])[:-1])
 
 
-def _rerank(ctx: Context, reward_model: Policy, candidates: Sequence[Sequence[str]], prompts: Sequence[Prompt]) -> list[int]:
-    _load(ctx, reward_model)
-    tokens = [[_tokens(ctx, p, t) for t in texts] for p, texts in zip(prompts, candidates, strict=True)]
-    shares = spread(ctx.system.rewards, tokens)
-    return [i for part in gather([h.submit("rerank", share) for h, share in shares]) for i in part]
-
-
-def _load(ctx: Context, reward_model: Policy) -> None:
-    spec = RewardSpec(str(ctx.tokenizer_folder), str(reward_model.folder), {"model": 1.0})
+def _load(ctx: Context, reward_model: Policy, weights: RewardWeights = LEARNED_ALONE) -> None:
+    spec = RewardSpec(str(ctx.tokenizer_folder), str(reward_model.folder), weights.model_dump())
     gather([handle.submit("load", spec) for handle in ctx.system.rewards])
 
 

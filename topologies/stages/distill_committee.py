@@ -27,7 +27,7 @@ def run(ctx: Context, options: DistillCommitteeStage) -> StageResult:
         temperature=options.temperature,
         max_tokens=options.max_tokens,
     )
-    best = ctx.once(f"{STAGE}/best", lambda: best_answers(ctx, reward_model, answers, prompts))
+    best = ctx.once(f"{STAGE}/best", lambda: best_answers(ctx, reward_model, answers, prompts, weights=options.rerank))
     taught = lessons(ctx, prompts, best, limit=options.sequence_length)
     student, twin = ctx.policy("distilled"), ctx.policy("small-sft")
     fine_tune(ctx, options, taught, stage=STAGE, start=ctx.small_base, policy=student)

@@ -120,7 +120,7 @@ def _collect(ctx: Context, options: ItecStage, number: int, committee: Sequence[
     )
     everything = [*ctx.data.preferences, *(p for r in range(1, number + 1) for p in _preferences(ctx, r))]
     train_reward_model(ctx, options.reward, split(everything)[0], stage=STAGE, start=start, policy=reward_model)
-    best = ctx.once(f"itec/{number}/best", lambda: best_answers(ctx, reward_model, answers, prompts))
+    best = ctx.once(f"itec/{number}/best", lambda: best_answers(ctx, reward_model, answers, prompts, weights=options.rerank))
     return Round(
         number=number,
         reward_model=reward_model,

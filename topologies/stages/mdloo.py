@@ -38,7 +38,13 @@ def train_mdloo(
     job = TrainingJob(
         task=policy.name,
         objective="mdloo",
-        optimizer=OptimizerSpec("adamw", options.learning_rate, warmup_steps=options.warmup_steps),
+        optimizer=OptimizerSpec(
+            "adamw",
+            options.learning_rate,
+            warmup_steps=options.warmup_steps,
+            total_steps=options.iterations * options.inner_steps,
+            end_fraction=options.end_fraction,
+        ),
         checkpoint_folder=str(ctx.checkpoints(policy.name)),
         init=str(start.folder),
         frozen={"reference": str(start.folder)},
@@ -48,8 +54,7 @@ def train_mdloo(
     )
 
     def work() -> None:
-        weights = {"model": options.reward.model, "verifier": options.reward.verifier}
-        spec = RewardSpec(str(ctx.tokenizer_folder), str(reward_model.folder), weights)
+        spec = RewardSpec(str(ctx.tokenizer_folder), str(reward_model.folder), options.reward.model_dump())
         gather([handle.submit("load", spec) for handle in ctx.system.rewards])
         first = call(ctx.system.learner, "begin", job)
         with ctx.progress.task(policy.name, total=options.iterations, done=first) as bar:

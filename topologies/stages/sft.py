@@ -28,7 +28,13 @@ def fine_tune(
     job = TrainingJob(
         task=policy.name,
         objective="supervised",
-        optimizer=OptimizerSpec("adamw", options.learning_rate, warmup_steps=options.warmup_steps),
+        optimizer=OptimizerSpec(
+            "adamw",
+            options.learning_rate,
+            warmup_steps=options.warmup_steps,
+            total_steps=options.steps,
+            end_fraction=options.end_fraction,
+        ),
         checkpoint_folder=str(ctx.checkpoints(policy.name)),
         init=str(start.folder),
         options={"dropout": options.dropout},

@@ -93,16 +93,16 @@ def math_documents(n: int, *, rng: random.Random) -> list[str]:
     return [document() for _ in range(n)]
 
 
-#: The forms of a line; most often the worked one, which the instructions use, and the sums of digits that it is made of.
-_FORMS = (*("worked", "digits") * 3, "sum", "least_digit_first", "difference", "order")
+#: The forms of a line; the worked one, which the instructions use, most often.
+_FORMS = ("worked", "worked", "worked", "digits", "digits", "sum", "least_digit_first", "difference", "order")
 
 
 def _line(a: int, b: int, *, form: str, rng: random.Random) -> str:
     if form == "worked":
         return f"{question(a, b)} {worked(a, b)}"
     if form == "digits":
-        x, y = rng.randrange(10), rng.randrange(10)
-        return f"{x}+{y}={x + y} {x}+{y}+1={x + y + 1}"
+        x, y, carry = rng.randrange(10), rng.randrange(10), rng.randrange(2)
+        return f"{x}+{y}={x + y} {x}+{y}+{carry}={x + y + carry}" if carry else f"{x}+{y}={x + y}"
     if form == "sum":
         return f"{a}+{b}={a + b}"
     if form == "least_digit_first":

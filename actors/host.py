@@ -21,7 +21,7 @@ DEFAULT_DEADLINE_S = 600.0
 
 
 #: A call of this many seconds or more has probably compiled a program, which leaves hundreds of megabytes freed but mapped.
-TRIM_AFTER_S = 1.0
+TRIM_AFTER_S = 3.0
 
 
 class DeadlineError(TimeoutError):

@@ -18,8 +18,6 @@ from afm_rl.errors import UserError
 
 #: Seconds a call may take before the wait for it is an error; generous, because a first call compiles.
 DEFAULT_DEADLINE_S = 600.0
-
-
 #: A call of this many seconds or more has probably compiled a program, which leaves hundreds of megabytes freed but mapped.
 TRIM_AFTER_S = 3.0
 

@@ -85,7 +85,7 @@ class MdlooSettings:
     beta: float
     inner_steps: int
     temperature: float
-    microbatch: int = 64
+    microbatch: int
 
 
 class Learner:

@@ -8,6 +8,7 @@ handed to the loss beside the trained parameters and receives no gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -47,10 +48,8 @@ def make_train_step(
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, frozen, batch, key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), **metrics}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        state, grad_norm = _update(optimizer, state, grads)
+        return state, {"loss": loss, "grad_norm": grad_norm, **metrics}
 
     return jax.jit(step, donate_argnums=0)
 
@@ -68,11 +67,8 @@ def make_accumulated_step(
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, frozen, batch, key)
         return jax.tree.map(jnp.add, total, grads), {"loss": loss, **metrics}
 
-    def apply(state: TrainState, grads: Any) -> tuple[TrainState, jax.Array]:
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), optax.global_norm(grads)
-
-    add_gradient, apply = jax.jit(gradient, donate_argnums=0), jax.jit(apply, donate_argnums=0)
+    add_gradient = jax.jit(gradient, donate_argnums=0)
+    update = jax.jit(partial(_update, optimizer), donate_argnums=0)
 
     def step(state: TrainState, frozen: Any, microbatches: Sequence[Batch]) -> tuple[TrainState, list[dict[str, jax.Array]]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -81,10 +77,16 @@ def make_accumulated_step(
         for index, batch in enumerate(microbatches):
             total, metrics = add_gradient(total, state.params, frozen, batch, jax.random.fold_in(key, index))
             measured.append(metrics)
-        state, grad_norm = apply(state, total)
+        state, grad_norm = update(state, total)
         return state, [{"grad_norm": grad_norm, **metrics} for metrics in measured]
 
     return step
+
+
+def _update(optimizer: optax.GradientTransformation, state: TrainState, grads: Any) -> tuple[TrainState, jax.Array]:
+    """The state after one update, and the gradient's global norm."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), optax.global_norm(grads)
 
 
 def to_floats(metrics: Mapping[str, Any]) -> dict[str, float]:

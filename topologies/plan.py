@@ -17,13 +17,12 @@ from afm_rl.errors import UserError
 from topologies import costs
 from topologies.costs import Cost, Machine
 from topologies.schema import Topology
+from topologies.stage_options import SENSITIVITY_BATCH
 
 #: Tokens of a prompt, where no option bounds them.
 PROMPT_TOKENS = 48
 #: CPUs of the actor that owns published weights, which the topology does not list.
 WEIGHTS_CPUS = 0.05
-#: Rows of a batch that sensitivities are measured on (`topologies/stages/quantize.py`).
-SENSITIVITY_BATCH = 8
 #: NumPy k-means, seconds a weight and table width; a server's start; seconds of tokenizer training.
 PALETTIZE_S_PER_WEIGHT, SERVE_START_S, TOKENIZER_S = 1e-6, 12.0, 8.0
 

@@ -56,11 +56,14 @@ class ProgressView:
 
     def say(self, text: str) -> None:
         """One line that stays, with the seconds since the launch before it. `text` may hold anything: it is no markup."""
-        self.console.print(f"[dim]{time.perf_counter() - self._start:6.0f} s[/dim]  {escape(text)}")
+        self._line(escape(text))
 
     def heading(self, text: str) -> None:
         """As `say`, in bold."""
-        self.console.print(f"[dim]{time.perf_counter() - self._start:6.0f} s[/dim]  [bold]{escape(text)}[/bold]")
+        self._line(f"[bold]{escape(text)}[/bold]")
+
+    def _line(self, markup: str) -> None:
+        self.console.print(f"[dim]{time.perf_counter() - self._start:6.0f} s[/dim]  {markup}")
 
     @contextmanager
     def task(self, name: str, *, total: int, done: int = 0) -> Iterator[Bar]:

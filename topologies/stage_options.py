@@ -230,6 +230,11 @@ class ItecStage(StageOptions):
     ipo: PreferenceTraining = PreferenceTraining()
     mdloo: MdlooTraining = MdlooTraining()
 
+    @property
+    def preference_length(self) -> int:
+        """Tokens that a response may take with its prompt to be trained on by everything that learns from pairs."""
+        return min(of.sequence_length for of in (self.reward, self.dpo, self.ipo))
+
     @model_validator(mode="after")
     def _check(self) -> ItecStage:
         for i, name in enumerate(self.members):
@@ -250,6 +255,10 @@ class DistillCommitteeStage(StageOptions, FineTuning):
     rerank: RewardWeights = RewardWeights()
     temperature: Positive = 1.0
     max_tokens: Count = 32
+
+
+#: Rows of a batch that quantize measures sensitivities on.
+SENSITIVITY_BATCH = 8
 
 
 def _as_list(value: Any) -> Any:

@@ -22,7 +22,7 @@ from afm_rl.weights import digest
 
 CONFIG = ModelConfig(13, 8, 16, 1, 2, 1, 4)
 ADAMW = OptimizerSpec("adamw", 0.01)
-SETTINGS = MdlooSettings(beta=0.1, inner_steps=2, temperature=0.8)
+SETTINGS = MdlooSettings(beta=0.1, inner_steps=2, temperature=0.8, microbatch=64)
 
 
 def random_params(seed: int) -> Any:

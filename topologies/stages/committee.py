@@ -15,7 +15,7 @@ from actors.reward import RewardSpec
 from afm_rl.types import Demonstration, Pair, Prompt
 from topologies.stage_options import RewardWeights
 from topologies.stages.context import Context, Policy
-from topologies.stages.examples import fits
+from topologies.stages.examples import num_tokens
 from topologies.stages.measure import answer_example
 
 #: The reward by which answers to held-out prompts are chosen: a verifier would be the evaluation itself.
@@ -97,7 +97,7 @@ def best_answers(
 def lessons(ctx: Context, prompts: Sequence[Prompt], answers: Sequence[str], *, limit: int) -> list[Demonstration]:
     """The chosen answers as demonstrations, without those that re-encode to more than `limit` tokens."""
     shown = [Demonstration(prompt, text) for prompt, text in zip(prompts, answers, strict=True)]
-    return [d for d in shown if fits(ctx.tokenizer, d.prompt, d.response, limit=limit)]
+    return [d for d in shown if num_tokens(ctx.tokenizer, d.prompt, d.response) <= limit]
 
 
 def best_by_prompt(

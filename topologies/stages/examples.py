@@ -30,9 +30,10 @@ def example(tokenizer: Tokenizer, prompt: Prompt, response: str, *, limit: int) 
     return Example(tokens, first_target=len(prompt_ids))
 
 
-def fits(tokenizer: Tokenizer, prompt: Prompt, response: str, *, limit: int) -> bool:
-    """Whether prompt and response take at most `limit` tokens."""
-    return len(tokenizer.encode_chat(prompt.messages)) + len(tokenizer.encode_response(response)) <= limit
+def num_tokens(tokenizer: Tokenizer, prompt: Prompt, response: str | None) -> int:
+    """What prompt and response take together; None: the prompt alone."""
+    answer = 0 if response is None else len(tokenizer.encode_response(response))
+    return len(tokenizer.encode_chat(prompt.messages)) + answer
 
 
 def supervised_batches(

@@ -25,7 +25,7 @@ from topologies.stages.committee import (
     sample_committee,
 )
 from topologies.stages.context import Context, Policy
-from topologies.stages.examples import fits
+from topologies.stages.examples import num_tokens
 from topologies.stages.itec_members import Round, train_member
 from topologies.stages.measure import Measured, mean_reward, measure, percent, share_right, win_rate
 from topologies.stages.reward_model import reward_figures, reward_table, split, train_reward_model
@@ -153,8 +153,8 @@ def _annotate(ctx: Context, options: ItecStage, number: int, prompts: Sequence[P
 
 def _fits(ctx: Context, options: ItecStage, pair: Pair) -> bool:
     """Whether both responses fit every stage that will train on them: a text may re-encode longer than it was sampled."""
-    limit = min(s.sequence_length for s in (options.reward, options.dpo, options.ipo))
-    return all(fits(ctx.tokenizer, pair.prompt, text, limit=limit) for text in (pair.response_a, pair.response_b))
+    texts = (pair.response_a, pair.response_b)
+    return all(num_tokens(ctx.tokenizer, pair.prompt, text) <= options.preference_length for text in texts)
 
 
 def _preferences(ctx: Context, number: int) -> list[Preference]:

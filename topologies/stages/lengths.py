@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from afm_rl.errors import UserError
 from afm_rl.types import Prompt
 from topologies.stages.context import Context
+from topologies.stages.examples import num_tokens
 
 #: How many records an error names.
 SHOWN = 5
@@ -18,17 +19,12 @@ SHOWN = 5
 def check_lengths(ctx: Context) -> None:
     """Raises UserError naming the stage, its limit and the first records that exceed it."""
     for stage, limit, records in _readers(ctx):
-        long = [prompt.id for prompt, response in records if _tokens(ctx, prompt, response) > limit]
+        long = [prompt.id for prompt, response in records if num_tokens(ctx.tokenizer, prompt, response) > limit]
         if long:
             raise UserError(
                 f"{stage}: {len(long)} records take more than its {limit} tokens ({', '.join(long[:SHOWN])}): shorten them, "
                 "or raise the limit and launch under another name"
             )
-
-
-def _tokens(ctx: Context, prompt: Prompt, response: str | None) -> int:
-    answer = 0 if response is None else len(ctx.tokenizer.encode_response(response))
-    return len(ctx.tokenizer.encode_chat(prompt.messages)) + answer
 
 
 def _readers(ctx: Context) -> Iterator[tuple[str, int, Sequence[tuple[Prompt, str | None]]]]:
@@ -43,9 +39,7 @@ def _readers(ctx: Context) -> Iterator[tuple[str, int, Sequence[tuple[Prompt, st
     if ctx.has("reward_model"):
         yield "stages.reward_model.sequence_length", topology.stage("reward_model").sequence_length, compared
     if ctx.has("itec"):
-        itec = topology.stage("itec")
-        limit = min(s.sequence_length for s in (itec.reward, itec.dpo, itec.ipo))
-        yield "stages.itec (reward, dpo, ipo) sequence_length", limit, compared
+        yield "stages.itec (reward, dpo, ipo) sequence_length", topology.stage("itec").preference_length, compared
     if ctx.has("adapters"):
         feature = [(d.prompt, d.response) for d in data.feature_demonstrations]
         yield "stages.adapters.sequence_length", topology.stage("adapters").sequence_length, feature

@@ -27,7 +27,7 @@ from quant.palettize import Palettized
 from quant.recovery import quantize_params
 from quant.sensitivity import error_table
 from topologies.report_data import Figure, StageResult, Table
-from topologies.stage_options import QuantizeStage
+from topologies.stage_options import SENSITIVITY_BATCH, QuantizeStage
 from topologies.stages.committee import lessons
 from topologies.stages.context import Context, Policy
 from topologies.stages.examples import supervised_batches
@@ -169,7 +169,9 @@ def _fisher(ctx: Context, options: QuantizeStage, source: Policy) -> dict[str, n
         seed=ctx.seed,
     )
     length = ctx.topology.stage("sft").sequence_length
-    batches = supervised_batches(ctx.tokenizer, post_training_data(ctx), length=length, batch=8, seed=ctx.seed)
+    batches = supervised_batches(
+        ctx.tokenizer, post_training_data(ctx), length=length, batch=SENSITIVITY_BATCH, seed=ctx.seed
+    )
     call(ctx.system.learner, "begin", job)
     return call(ctx.system.learner, "fisher", [batches(step) for step in range(options.sensitivity_batches)])
 

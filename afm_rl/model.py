@@ -21,8 +21,8 @@ from flax import nnx
 
 from afm_rl.attention import causal_attention, decode_attention
 from afm_rl.config import ModelConfig
-from afm_rl.lora import LoraWeight
-from afm_rl.quantized import Int8Embedding, PalettizedWeight
+from afm_rl.dense import dense
+from afm_rl.quantized import Int8Embedding
 
 Params = dict[str, Any]
 
@@ -90,16 +90,6 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -
 
     offsets = itertools.accumulate(sizes, initial=0)
     return jax.tree.unflatten(tree, [start(spec, offset) for spec, offset in zip(specs, offsets, strict=False)])
-
-
-def dense(x: jax.Array, weight: Any) -> jax.Array:
-    """x[..., in] -> [..., out]: the one product of every projection; dispatches on the leaf (plain, LoRA, palettized)."""
-    if isinstance(weight, LoraWeight):
-        low_rank = dense(dense(x, weight.a), weight.b)
-        return dense(x, weight.base) + (weight.scale * low_rank).astype(x.dtype)
-    if isinstance(weight, PalettizedWeight):
-        weight = weight.dequantize()
-    return jax.lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
 
 
 def embedding_table(params: Params, name: str = "embed") -> jax.Array:

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from afm_rl.config import ModelConfig
-from afm_rl.model import Params, dense, forward
+from afm_rl.dense import dense
+from afm_rl.model import Params, forward
 from afm_rl.types import GRADINGS
 
 CLASSES = 3

@@ -4,101 +4,79 @@ A `TrainingJob` says what to train, from which policy folder, against which froz
 restores the job's newest whole checkpoint, so that a restarted learner continues where the last commit was; batches are a
 function of the step alone (see `afm_rl/packing.py`), which makes the continuation exact. The MDLOO update (section 9 of the
 specification) lives here too, because all three log-probabilities must come from the learner's own program.
+
+One learner may be one process of several that form a mesh: every process is told the same, all of them compute, and what a
+call returns or writes is the first process's.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from actors.artifacts import load_artifact, save_artifact
+from actors.jobs import AdapterSpec, HeldOut, LearnerSetup, MdlooSettings, TrainingJob
 from afm_rl import checkpoint
+from afm_rl.compute import Compute
 from afm_rl.config import ModelConfig
+from afm_rl.goodput import Goodput
 from afm_rl.lora import init_lora
-from afm_rl.model import init_params
 from afm_rl.objectives.mdloo import leave_one_out, sequence_metrics, shaped_reward, usable_responses
 from afm_rl.objectives.supervised import cross_entropy
-from afm_rl.packing import Batch, Example, PackedRows, cut, length_buckets, pad
-from afm_rl.policy_losses import View, adapter_view, build, full_view, response_logps, sequence_logits
-from afm_rl.recipe import OptimizerSpec
+from afm_rl.packing import Batch, Example, PackedRows, cut, length_buckets, microbatches, pad
+from afm_rl.parameters import axes_like_params, init_params, shard_like_params
+from afm_rl.policy_losses import View, adapter_view, build, full_view, response_logps, target_scores
 from afm_rl.reward_model import init_heads
-from afm_rl.training import TrainState, create_state, make_accumulated_step, make_train_step, to_floats
+from afm_rl.sharding import make_mesh, put, shard_batch, to_host
+from afm_rl.training import TrainState, add_up, create_state, make_accumulated_step, make_train_step, to_floats
 from afm_rl.types import ScoredGroup, Weights
 from afm_rl.weights import flatten
 from pretrain.pruning import init_scores, mask_view, prune
 from quant.sensitivity import fisher_diagonal
 
+#: Objectives whose loss is a mean over pairs of responses; the others' is one over target tokens.
+_OVER_PAIRS = frozenset({"reward", "dpo", "ipo"})
 
-@dataclass(frozen=True)
-class AdapterSpec:
-    """Train LoRA adapters of this rank over the frozen base, from `init` (an adapter folder) or from zero."""
-
-    rank: int
-    alpha: float
-    init: str | None = None
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True)
-class TrainingJob:
-    """One training task. Folders are policy folders (Hugging Face layout), reward models or packages.
+def on_mesh(method: Method) -> Method:
+    """A method that runs under the learner's mesh, where it has one."""
 
-    `init` None starts from random weights of `config`; `frozen` maps a role (reference, teacher, base) to a folder.
-    `part` picks what is trained: "policy", "reward" (the trunk with fresh heads unless `init` is a reward model), "adapter"
-    (LoRA over `init`, which may be a package), or "masks" (3.2.1: exports the model pruned to `keep_units`). `config` beside
-    `init` may change the RoPE base only.
-    """
+    @wraps(method)
+    def run(self: Learner, *args: Any, **kwargs: Any) -> Any:
+        with self._mesh_set():
+            return method(self, *args, **kwargs)
 
-    task: str
-    objective: str
-    optimizer: OptimizerSpec
-    checkpoint_folder: str
-    config: ModelConfig | None = None
-    init: str | None = None
-    frozen: Mapping[str, str] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
-    part: str = "policy"
-    adapter: AdapterSpec | None = None
-    keep_units: int | None = None
-    checkpoint_every: int = 100
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Mean negative log-likelihood (nats) and top-1 accuracy (0..1) per target token of documents not trained on."""
-
-    loss: float
-    accuracy: float
-
-
-@dataclass(frozen=True)
-class MdlooSettings:
-    """The constants of one MDLOO iteration (4.3.3, E.2); `microbatch` is how many responses share a forward pass."""
-
-    beta: float
-    inner_steps: int
-    temperature: float
-    microbatch: int
+    return run  # type: ignore[return-value]
 
 
 class Learner:
     """One process of the learner group. Construct once, then `begin` a job, `train` it, `export` what came out."""
 
-    def __init__(self, *, compute_dtype: str = "float32") -> None:
-        self._dtype = compute_dtype
+    def __init__(self, setup: LearnerSetup | None = None) -> None:
+        self._setup = setup or LearnerSetup()
+        # One device needs no mesh: programs are then compiled as they are written.
+        self._mesh = make_mesh(self._setup.mesh) if self._setup.mesh.size > 1 else None
+        self._goodput, self._idle_since = Goodput(), time.perf_counter()
         self._job: TrainingJob | None = None
         self._state: TrainState | None = None
         self._frozen: dict[str, Any] = {}
         self._view: View = full_view
         self.config: ModelConfig | None = None
 
+    def _mesh_set(self) -> AbstractContextManager[Any]:
+        return jax.set_mesh(self._mesh) if self._mesh is not None else nullcontext()
+
+    @on_mesh
     def begin(self, job: TrainingJob) -> int:
         """Set the job up, from its newest checkpoint where one exists; returns the step (or iteration) to go on from."""
         if job == self._job and int(self._require_state().step) == 0:
@@ -110,21 +88,34 @@ class Learner:
         if loaded and loaded.config and config.replace(rope_base=0.0) != loaded.config.replace(rope_base=0.0):
             raise ValueError(f"training job {job.task!r}: {job.init} has another shape than the job's configuration")
         frozen = {role: load_artifact(folder) for role, folder in job.frozen.items()}
-        self._frozen = {role: jax.tree.map(jnp.asarray, artifact.params) for role, artifact in frozen.items()}
-        options: dict[str, Any] = {"compute_dtype": self._dtype, **job.options}
+        self._frozen = {role: self._place(artifact.params) for role, artifact in frozen.items()}
+        options: dict[str, Any] = {"compute": self._setup.compute, **job.options}
         if "teacher" in frozen:
             options["teacher_config"] = frozen["teacher"].config
-        params = loaded.params if loaded else _init_params(config, jax.random.key(job.seed))
-        trained = self._trained(job, params, config)
+        params = loaded.params if loaded else _init_params(config, np.uint32(job.seed))
+        trained = self._place(self._trained(job, params, config))
         optimizer = job.optimizer.build(width=config.dim)
         self._loss = build(job.objective, config, options, view=self._view)
-        make_step = make_accumulated_step if job.objective == "mdloo" else make_train_step
-        self._step: Callable[..., Any] = make_step(self._loss, optimizer, seed=job.seed)
+        self._step = make_train_step(self._loss, optimizer, seed=job.seed)
+        self._accumulated_step = make_accumulated_step(self._loss, optimizer, seed=job.seed)
         self._job, self.config = job, config
-        self._logps = jax.jit(partial(_log_probs, config=config, dtype=self._dtype), static_argnames=("view", "temperature"))
-        self._scores = jax.jit(partial(_scores, config=config, dtype=self._dtype), static_argnames="view")
+        how: dict[str, Any] = {"config": config, "compute": self._setup.compute}
+        self._logps = jax.jit(partial(_log_probs, **how), static_argnames=("view", "temperature"))
+        self._scores = jax.jit(partial(_scores, **how), static_argnames="view")
         self._state = create_state(trained, optimizer)
+        self._goodput, self._idle_since = Goodput(), time.perf_counter()
         return self._restore()
+
+    def _place(self, tree: Any) -> Any:
+        """Arrays that every process has, laid out on the mesh like the parameters they belong to."""
+        mesh = self._mesh
+        if mesh is None:
+            return jax.tree.map(jnp.asarray, tree)
+
+        def place(path: Any, leaf: Any) -> jax.Array:
+            return leaf if _is_placed(leaf) else put(np.asarray(leaf), axes_like_params(path, leaf.ndim), mesh)
+
+        return jax.tree_util.tree_map_with_path(place, tree)
 
     def _trained(self, job: TrainingJob, params: Any, config: ModelConfig) -> Any:
         """What the job trains, out of the parameters it starts from; sets the view that the model sees them through."""
@@ -136,45 +127,79 @@ class Learner:
             return {"model": params, "scores": init_scores(config)}
         if job.part == "adapter":
             adapter = _required(job.adapter, job, "the adapter's rank")
-            self._frozen["base"] = jax.tree.map(jnp.asarray, params)
+            self._frozen["base"] = self._place(params)
             self._view = adapter_view(alpha=adapter.alpha, rank=adapter.rank)
             return _start_adapter(adapter, config, key)
         return params
 
+    @on_mesh
     def train(self, batches: Sequence[Batch]) -> list[dict[str, float]]:
         """One optimizer step per batch, a checkpoint where one is due; metrics of every step."""
         job, metrics = self._require_job(), []
+        self._goodput.add("data_wait", time.perf_counter() - self._idle_since)
         for batch in batches:
-            self._state, step_metrics = self._step(self._require_state(), self._frozen, batch)
-            metrics.append(step_metrics)
-            done = int(self._state.step)
+            with self._goodput.measure("step"):
+                metrics.append(self._train_step(batch))
+            done = int(self._require_state().step)
             if done % job.checkpoint_every == 0:
-                self.save(done)
-        return [to_floats(m) for m in metrics]
+                with self._goodput.measure("checkpoint"):
+                    self.save(done)
+        with self._goodput.measure("step"):
+            measured = [to_floats(m) for m in metrics]
+        self._idle_since = time.perf_counter()
+        return measured
 
+    def _train_step(self, batch: Batch) -> dict[str, Any]:
+        """One update, by the whole batch at once or by the sum of its microbatches' gradients."""
+        pairs = self._require_job().objective in _OVER_PAIRS
+        parts = microbatches(batch, max_tokens=self._setup.microbatch_tokens, pairs=pairs)
+        if len(parts) == 1:
+            self._state, metrics = self._step(self._require_state(), self._frozen, shard_batch(batch, self._mesh))
+            return metrics
+        return add_up(self._accumulate(parts))
+
+    def _accumulate(self, parts: Sequence[Batch]) -> list[dict[str, Any]]:
+        """One update by the sum of the gradients of microbatches; the metrics of each."""
+        placed = [shard_batch(part, self._mesh) for part in parts]
+        self._state, measured = self._accumulated_step(self._require_state(), self._frozen, placed)
+        return measured
+
+    def goodput(self) -> dict[str, float]:
+        """Where the job's time went, in seconds by kind, and the share of steps (`afm_rl/goodput.py`)."""
+        return self._goodput.summary()
+
+    @on_mesh
     def log_probs(self, batch: Batch, which: str = "current", temperature: float = 1.0) -> np.ndarray:
         """log p of the targets [B, T] under the trained parameters ("current") or a frozen tree (its role)."""
         frozen, view = self._frozen, self._view
         params = self._require_state().params if which == "current" else frozen[which]
         view = view if which == "current" else full_view
-        return np.asarray(self._logps(params, frozen, batch, view=view, temperature=temperature))
+        return to_host(self._logps(params, frozen, shard_batch(batch, self._mesh), view=view, temperature=temperature))
 
+    @on_mesh
     def held_out(self, rows: Mapping[str, PackedRows]) -> dict[str, HeldOut]:
         """Loss and top-1 accuracy on each set of packed rows, under the current parameters."""
         params = self._require_state().params
         measured = {}
         for name, packed in rows.items():
-            metrics = self._scores(params, self._frozen, packed.take(np.arange(len(packed))), view=self._view)
+            batch = shard_batch(packed.take(np.arange(len(packed))), self._mesh)
+            metrics = self._scores(params, self._frozen, batch, view=self._view)
             measured[name] = HeldOut(loss=float(metrics["nll"]), accuracy=float(metrics["accuracy"]))
         return measured
 
+    @on_mesh
     def fisher(self, batches: Sequence[Batch]) -> dict[str, np.ndarray]:
         """Mean squared gradient of the job's loss per operation (`quant/sensitivity.py`), over the batches."""
         job = self._require_job()
-        params, key = self._require_state().params, jax.random.key(job.seed)
-        gradient = jax.jit(lambda batch: jax.grad(self._loss, has_aux=True)(params, self._frozen, batch, key)[0])
-        return fisher_diagonal(gradient(batch) for batch in batches)
+        params, seed = self._require_state().params, job.seed
 
+        def loss(params: Any, frozen: Any, batch: Batch) -> Any:
+            return self._loss(params, frozen, batch, jax.random.key(seed))
+
+        gradient = jax.jit(lambda *inputs: shard_like_params(jax.grad(loss, has_aux=True)(*inputs)[0]))
+        return fisher_diagonal(to_host(gradient(params, self._frozen, shard_batch(b, self._mesh))) for b in batches)
+
+    @on_mesh
     def update_mdloo(self, iteration: int, groups: Sequence[ScoredGroup], settings: MdlooSettings) -> dict[str, float]:
         """One policy-update stage over n x K responses sampled from the current parameters (theta_k), in microbatches.
 
@@ -207,15 +232,14 @@ class Learner:
             "advantage_B": advantage_PG.reshape(-1).astype(np.float32),
             "num_sequences": np.asarray(counted_B.sum(), np.float32),
         }
-        microbatches = [cut(batch, rows, width) for rows, width in parts]
         for _ in range(settings.inner_steps):
-            self._state, measured = self._step(self._require_state(), self._frozen, microbatches)
+            measured = self._accumulate([cut(batch, rows, width) for rows, width in parts])
         if (iteration + 1) % self._require_job().checkpoint_every == 0:
             self.save(iteration + 1)
         sampler_logp_B = np.array([logp.sum() for g in groups for logp in g.group.logps])
         order = np.concatenate([rows for rows, _ in parts])
         device_metrics = sequence_metrics(
-            np.concatenate([of_part["log_ratio_B"] for of_part in measured]),
+            np.concatenate([to_host(of_part["log_ratio_B"]) for of_part in measured]),
             batch["advantage_B"][order],
             batch["mask_BT"][order].any(-1),
             gamma=self._require_job().options["gamma"],
@@ -251,18 +275,22 @@ class Learner:
             metadata={"task": job.task, "step": step},
         )
 
-    def publish(self, policy: str, version: int) -> Weights:
-        """The trained parameters as flat buffers, for the weight store."""
-        return flatten(jax.tree.map(np.asarray, self._require_state().params), policy=policy, version=version)
+    @on_mesh
+    def publish(self, policy: str, version: int) -> Weights | None:
+        """The trained parameters as flat buffers, for the weight store; None from all processes but the first."""
+        params = to_host(self._require_state().params)
+        return flatten(params, policy=policy, version=version) if jax.process_index() == 0 else None
 
+    @on_mesh
     def export(self, folder: str, tokenizer_folder: str | None = None) -> None:
         """Write what was trained as a policy folder, a reward model or an adapter."""
-        job, params, config = self._require_job(), jax.tree.map(np.asarray, self._require_state().params), self.config
+        job, params, config = self._require_job(), to_host(self._require_state().params), self.config
         assert config is not None
         if job.part == "masks":
             k = _required(job.keep_units, job, "how many units to keep")
             params, config = prune(params["model"], params["scores"], k=k), config.replace(ffn_dim=k)
-        save_artifact(Path(folder), params, config, adapter=job.adapter, tokenizer_folder=tokenizer_folder)
+        if jax.process_index() == 0:
+            save_artifact(Path(folder), params, config, adapter=job.adapter, tokenizer_folder=tokenizer_folder)
 
     def _restore(self) -> int:
         job = self._require_job()
@@ -285,20 +313,26 @@ class Learner:
         return self._state
 
 
-_init_params = jax.jit(init_params, static_argnums=0)
+def _is_placed(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
+
+
+@partial(jax.jit, static_argnums=0)
+def _init_params(config: ModelConfig, seed: np.uint32) -> Any:
+    return init_params(config, jax.random.key(seed))
 
 
 def _log_probs(
-    params: Any, frozen: Any, batch: Batch, *, view: View, temperature: float, config: ModelConfig, dtype: str
+    params: Any, frozen: Any, batch: Batch, *, view: View, temperature: float, config: ModelConfig, compute: Compute
 ) -> jax.Array:
-    return response_logps(
-        view(params, frozen, batch), batch, config=config, compute_dtype=jnp.dtype(dtype), temperature=temperature
-    )
+    return response_logps(view(params, frozen, batch), batch, config=config, compute=compute, temperature=temperature)
 
 
-def _scores(params: Any, frozen: Any, batch: Batch, *, view: View, config: ModelConfig, dtype: str) -> dict[str, jax.Array]:
-    logits_BTV = sequence_logits(view(params, frozen, batch), batch, config=config, compute_dtype=jnp.dtype(dtype))
-    return cross_entropy(logits_BTV, jnp.asarray(batch["tokens_BT"]), jnp.asarray(batch["mask_BT"]))[1]
+def _scores(
+    params: Any, frozen: Any, batch: Batch, *, view: View, config: ModelConfig, compute: Compute
+) -> dict[str, jax.Array]:
+    scores = target_scores(view(params, frozen, batch), batch, config=config, compute=compute)
+    return cross_entropy(scores, jnp.asarray(batch["mask_BT"]))[1]
 
 
 def _required(value: Any, job: TrainingJob, what: str) -> Any:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from actors.learner import Learner, TrainingJob
+from actors.jobs import LearnerSetup, TrainingJob
+from actors.learner import Learner
 from actors.metrics import Metrics
 from afm_rl.packing import PackedRows
 from pretrain.mixture import mixture_batches, pack_corpus
@@ -48,7 +49,7 @@ class PretrainPlan:
     fingerprint: str
     tokenizer_folder: str
     stage: str
-    compute_dtype: str
+    learner: LearnerSetup
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def run_pretraining(
     plan: PretrainPlan, metrics: Metrics, *, report: Callable[[PhaseResult], None] | None = None
 ) -> list[PhaseResult]:
     """Run every phase; `report` hears of each one that ends."""
-    learner = Learner(compute_dtype=plan.compute_dtype)
+    learner = Learner(plan.learner)
     corpora = {name: _open(plan, name) for name in plan.domains}
     held_out = held_out_rows(
         {name: _open(plan, f"heldout-{name}") for name in plan.heldout_domains},

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from actors.artifacts import load_artifact
+from afm_rl.compute import Compute
 from afm_rl.config import ModelConfig
 from afm_rl.data.checks import is_checkable, passes
 from afm_rl.packing import Example, pad
@@ -146,4 +147,4 @@ class Reward:
 
 @partial(jax.jit, static_argnames=("config", "dtype"))
 def _score(params: Any, tokens_BT: jax.Array, length_B: jax.Array, *, config: ModelConfig, dtype: str) -> Scores:
-    return score(params, tokens_BT, length_B, config=config, compute_dtype=jnp.dtype(dtype))
+    return score(params, tokens_BT, length_B, config=config, compute=Compute(dtype=dtype))

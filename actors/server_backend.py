@@ -21,11 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from actors.server_objects import TokenScores
+from afm_rl.compute import Compute
 from afm_rl.config import ModelConfig
 from afm_rl.generate import Generator
 from afm_rl.huggingface import load_params
 from afm_rl.lora import attach
-from afm_rl.model import Params, forward, logits
+from afm_rl.model import forward, logits
+from afm_rl.parameters import Params
 from afm_rl.tokenizer import Tokenizer
 from afm_rl.types import GenerationRequest, Group
 from quant.adapter import WEIGHTS_FILE, read_adapter
@@ -150,7 +152,7 @@ def _score(
     params: Params, tokens_T: jax.Array, *, config: ModelConfig, dtype: str, top: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(logp_T of the NEXT token, top_logp_TK, top_ids_TK), one block of rows of logits in memory at a time."""
-    hidden_1TD, _ = forward(params, tokens_T[None], config=config, compute_dtype=jnp.dtype(dtype))
+    hidden_1TD, _ = forward(params, tokens_T[None], config=config, compute=Compute(dtype=dtype))
     next_T = jnp.roll(tokens_T, -1)
 
     def rows(block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:

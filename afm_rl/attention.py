@@ -17,7 +17,12 @@ MASKED = -1e30
 
 
 def causal_attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segments_BT: jax.Array | None = None
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    segments_BT: jax.Array | None = None,
+    implementation: str = "auto",  # noqa: ARG001
 ) -> jax.Array:
     """softmax(q k / sqrt(H)) v over the past of the same segment -> [B, T, N, H]."""
     B, T, N, H = q_BTNH.shape

@@ -19,8 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from afm_rl.compute import Compute
 from afm_rl.config import ModelConfig
-from afm_rl.model import KVCache, Params, decode_step, forward, logits
+from afm_rl.model import KVCache, decode_step, forward, logits
+from afm_rl.parameters import Params
 from afm_rl.types import GenerationRequest, Group
 
 PROMPT_BUCKET = 32
@@ -227,7 +229,9 @@ def _prefill(
 ) -> _State:
     """The prompts' keys and values, and the logits of every response's first token."""
     P = prompts_PS.shape[0]
-    hidden, (k_LPSKH, v_LPSKH) = forward(params, prompts_PS, config=config, compute_dtype=dtype, keep_cache=True)
+    hidden, (k_LPSKH, v_LPSKH) = forward(
+        params, prompts_PS, config=config, compute=Compute(dtype=str(dtype)), keep_cache=True
+    )
     last_PD = jnp.take_along_axis(hidden, (batch.prompt_length_P - 1)[:, None, None], axis=1)[:, 0]
     first_PV = logits(params, last_PD, config)
     empty = jnp.zeros((P, responses, response_bucket, config.num_kv_heads, config.head_dim), dtype)

@@ -21,7 +21,8 @@ import numpy as np
 
 from afm_rl.config import ModelConfig
 from afm_rl.errors import UserError
-from afm_rl.model import Params, ParamSpec, Transformer, param_specs
+from afm_rl.model import Transformer
+from afm_rl.parameters import Params, ParamSpec, param_specs
 from afm_rl.safetensors_file import read_safetensors, write_safetensors
 from afm_rl.tokenizer import Tokenizer
 from afm_rl.tokenizer_export import tokenizer_config, tokenizer_json

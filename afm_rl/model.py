@@ -1,41 +1,34 @@
 """The Transformer of section 2: tied embedding, pre-norm RMSNorm, QK-norm, grouped-query attention, SwiGLU, RoPE, no biases.
 
-The parameters are a nested dict of arrays, layers stacked on axis 0, projections stored [out, in]; one declaration per
-parameter (`param_specs`) gives its shape and initialisation. QK-norm comes before RoPE on half-split pairs: the order of
-Hugging Face's Qwen3, taken for exact interchange, where axlearn normalises after RoPE on interleaved pairs.
+The parameters are declared in `afm_rl/parameters.py`. QK-norm comes before RoPE on half-split pairs: the order of Hugging
+Face's Qwen3, taken for exact interchange, where axlearn normalises after RoPE on interleaved pairs. Under a mesh
+(`afm_rl/sharding.py`) the residual stream lies cut over batch and sequence; XLA derives the rest from the parameters.
 
 Shapes: B batch, T time, D model, F ffn, N query heads, K kv heads, H head dim, V vocab, L layers, P prompts, G responses.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from afm_rl.attention import causal_attention, decode_attention
+from afm_rl.compute import DEFAULT_COMPUTE, Compute
 from afm_rl.config import ModelConfig
 from afm_rl.dense import dense
+from afm_rl.parameters import Params
 from afm_rl.quantized import Int8Embedding
+from afm_rl.sharding import BATCH, constrain
 
-Params = dict[str, Any]
-
-#: Up to this depth the layers are unrolled: faster on CPU, at the price of compile time.
+#: On CPU, layers are unrolled up to this depth: faster, at the price of compile time.
 MAX_UNROLLED_LAYERS = 8
-
-
-@dataclass(frozen=True)
-class ParamSpec:
-    """Shape of one parameter and how it starts: normal with `std`, or ones where `std` is None."""
-
-    shape: tuple[int, ...]
-    std: float | None
+#: What rematerialisation by names keeps of a layer for the backward pass: the outputs of its two branches.
+SAVED_NAMES = ("attention", "mlp")
 
 
 class KVCache(NamedTuple):
@@ -45,51 +38,6 @@ class KVCache(NamedTuple):
     prompt_v: tuple[jax.Array, ...]
     response_k: tuple[jax.Array, ...]
     response_v: tuple[jax.Array, ...]
-
-
-def param_specs(config: ModelConfig) -> Params:
-    """Every parameter of the model. Init: normal, std 1/sqrt(fan_in); embedding std 1/sqrt(dim) (axlearn); norms 1."""
-    L, D, F, V, H = config.num_layers, config.dim, config.ffn_dim, config.vocab_size, config.head_dim
-    q_dim, kv_dim = config.num_heads * H, config.num_kv_heads * H
-
-    def projection(out: int, fan_in: int) -> ParamSpec:
-        return ParamSpec((L, out, fan_in), fan_in**-0.5)
-
-    specs: Params = {
-        "embed": {"weight": ParamSpec((V, D), D**-0.5)},
-        "layers": {
-            "attn_norm": ParamSpec((L, D), None),
-            "q": projection(q_dim, D),
-            "k": projection(kv_dim, D),
-            "v": projection(kv_dim, D),
-            "o": projection(D, q_dim),
-            "q_norm": ParamSpec((L, H), None),
-            "k_norm": ParamSpec((L, H), None),
-            "mlp_norm": ParamSpec((L, D), None),
-            "gate": projection(F, D),
-            "up": projection(F, D),
-            "down": projection(D, F),
-        },
-        "final_norm": ParamSpec((D,), None),
-    }
-    if not config.tie_embeddings:
-        specs["lm_head"] = {"weight": ParamSpec((V, D), D**-0.5)}
-    return specs
-
-
-def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
-    """Fresh parameters: one draw, cut up in the tree's order (a generator per shape would take seconds to compile)."""
-    specs, tree = jax.tree.flatten(param_specs(config), is_leaf=lambda x: isinstance(x, ParamSpec))
-    sizes = [0 if spec.std is None else math.prod(spec.shape) for spec in specs]
-    draws = jax.random.normal(key, (sum(sizes),), dtype)
-
-    def start(spec: ParamSpec, offset: int) -> jax.Array:
-        if spec.std is None:
-            return jnp.ones(spec.shape, dtype)
-        return spec.std * draws[offset : offset + math.prod(spec.shape)].reshape(spec.shape)
-
-    offsets = itertools.accumulate(sizes, initial=0)
-    return jax.tree.unflatten(tree, [start(spec, offset) for spec, offset in zip(specs, offsets, strict=False)])
 
 
 def embedding_table(params: Params, name: str = "embed") -> jax.Array:
@@ -138,19 +86,21 @@ def block(
     H, lead = config.head_dim, x.shape[:-1]
     with jax.named_scope("attention"):
         h = rms_norm(x, layer["attn_norm"], config.norm_eps)
-        q = dense(h, layer["q"]).reshape(*lead, config.num_heads, H)
-        k = dense(h, layer["k"]).reshape(*lead, config.num_kv_heads, H)
-        v = dense(h, layer["v"]).reshape(*lead, config.num_kv_heads, H)
+        q = dense(h, layer["q"], split="out").reshape(*lead, config.num_heads, H)
+        k = dense(h, layer["k"], split="out").reshape(*lead, config.num_kv_heads, H)
+        v = dense(h, layer["v"], split="out").reshape(*lead, config.num_kv_heads, H)
         q = rope(rms_norm(q, layer["q_norm"], config.norm_eps), positions, config.rope_base)
         k = rope(rms_norm(k, layer["k_norm"], config.norm_eps), positions, config.rope_base)
         mixed, carry = attend(q, k, v)
-        x = x + dropout(dense(mixed.reshape(*lead, config.num_heads * H), layer["o"]), dropout_rate, attn_key)
+        out = dense(mixed.reshape(*lead, config.num_heads * H), layer["o"], split="in")
+        x = x + dropout(checkpoint_name(out, "attention"), dropout_rate, attn_key)
     with jax.named_scope("mlp"):
         h = rms_norm(x, layer["mlp_norm"], config.norm_eps)
-        h = jax.nn.silu(dense(h, layer["gate"])) * dense(h, layer["up"])
+        h = jax.nn.silu(dense(h, layer["gate"], split="out")) * dense(h, layer["up"], split="out")
         if "ffn_mask" in layer:  # Soft-Top-K masks over the FFN hidden units while they are being learnt (3.2.1, pruning)
             h = h * layer["ffn_mask"].astype(h.dtype)
-        return x + dropout(dense(h, layer["down"]), dropout_rate, mlp_key), carry
+        out = dense(h, layer["down"], split="in")
+        return x + dropout(checkpoint_name(out, "mlp"), dropout_rate, mlp_key), carry
 
 
 def forward(
@@ -160,7 +110,7 @@ def forward(
     config: ModelConfig,
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
-    compute_dtype: Any = jnp.float32,
+    compute: Compute = DEFAULT_COMPUTE,
     dropout_rate: float = 0.0,
     key: jax.Array | None = None,
     keep_cache: bool = False,
@@ -169,34 +119,49 @@ def forward(
     T = tokens_BT.shape[1]
     positions = jnp.broadcast_to(jnp.arange(T), tokens_BT.shape) if positions_BT is None else positions_BT
     embed_key, layers_key = jax.random.split(key) if key is not None and dropout_rate > 0 else (None, None)
-    x = jnp.take(embedding_table(params), tokens_BT, axis=0).astype(compute_dtype)
-    x = dropout(x, dropout_rate, embed_key)
+    x = jnp.take(constrain(embedding_table(params), "tensor", None), tokens_BT, axis=0).astype(compute.dtype)
+    x = dropout(constrain(x, BATCH, "seq", None), dropout_rate, embed_key)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-        return causal_attention(q, k, v, segments_BT=segments_BT), ((k, v) if keep_cache else None)
+        mixed = causal_attention(q, k, v, segments_BT=segments_BT, implementation=compute.attention)
+        return mixed, ((k, v) if keep_cache else None)
 
     def body(x: jax.Array, layer_and_key: Any) -> tuple[jax.Array, Any]:
         layer, layer_key = layer_and_key
-        return block(
-            x,
-            layer,
-            config=config,
-            positions=positions,
-            attend=attend,
-            dropout_rate=dropout_rate,
-            key=layer_key,
+        x, cache = block(
+            x, layer, config=config, positions=positions, attend=attend, dropout_rate=dropout_rate, key=layer_key
         )
+        return constrain(x, BATCH, "seq", None), cache
 
     L = config.num_layers
     keys = jax.random.split(layers_key, L) if layers_key is not None else None
-    x, cache = jax.lax.scan(body, x, (params["layers"], keys), unroll=L if L <= MAX_UNROLLED_LAYERS else 1)
+    unrolled = L <= MAX_UNROLLED_LAYERS and jax.default_backend() == "cpu"
+    body = rematerialised(body, compute.remat, in_loop=not unrolled)
+    x, cache = jax.lax.scan(body, x, (params["layers"], keys), unroll=L if unrolled else 1)
     return rms_norm(x, params["final_norm"], config.norm_eps), cache
+
+
+def rematerialised(body: Callable[..., Any], remat: str, *, in_loop: bool) -> Callable[..., Any]:
+    """A layer whose intermediates the backward pass computes again: all ("full"), all but products, all but SAVED_NAMES.
+
+    Raises ValueError for another policy.
+    """
+    policies = {
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "names": jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
+    }
+    if remat == "none":
+        return body
+    if remat not in policies:
+        raise ValueError(f"unknown rematerialisation policy {remat!r}; known: none, {', '.join(policies)}")
+    return jax.checkpoint(body, policy=policies[remat], prevent_cse=not in_loop)
 
 
 def logits(params: Params, hidden: jax.Array, config: ModelConfig) -> jax.Array:
     """hidden [..., D] -> float32 logits [..., V] through the tied (or own) output table."""
     table = embedding_table(params, "embed" if config.tie_embeddings else "lm_head")
-    return dense(hidden, table).astype(jnp.float32)
+    return dense(hidden, table, split="out").astype(jnp.float32)
 
 
 def decode_step(

@@ -127,6 +127,31 @@ def cut(batch: Batch, rows: np.ndarray, width: int) -> Batch:
     }
 
 
+def microbatches(batch: Batch, *, max_tokens: int | None, pairs: bool = False) -> list[Batch]:
+    """Cut a batch into equal microbatches of at most `max_tokens` positions (None: whole), each with its share of the loss.
+
+    A mean over target tokens gives each the share of its targets. With `pairs` the rows are the chosen, then the rejected
+    responses, which stay together, and the loss is a mean over pairs. A single row is never cut.
+    """
+    rows, length = batch["tokens_BT"].shape
+    units = rows // 2 if pairs else rows
+    at_least = -(-rows * length // max_tokens) if max_tokens else 1
+    parts = next(n for n in range(min(at_least, units), units + 1) if units % n == 0)
+    if parts == 1:
+        return [batch]
+    found = []
+    for unit_rows in np.arange(units).reshape(parts, -1):
+        taken = np.concatenate([unit_rows, unit_rows + units]) if pairs else unit_rows
+        # Entries that belong to pairs, not to rows, are half as long.
+        part = {
+            name: value if value.ndim == 0 else value[unit_rows if len(value) == units else taken]
+            for name, value in batch.items()
+        }
+        share = 1 / parts if pairs else part["mask_BT"].sum() / max(batch["mask_BT"].sum(), 1)
+        found.append({**part, "share": np.asarray(share, np.float32)})
+    return found
+
+
 def epoch_rows(step: int, *, batch: int, rows: int, seed: int) -> np.ndarray:
     """Row indices of batch `step` of endless shuffled epochs: a pure function, so that a resume needs no iterator state."""
     if rows < 1:

@@ -4,7 +4,7 @@ Every builder returns a `training.LossFn`: loss(params, frozen, batch, key). Wha
 `view` turns (trained parameters, frozen trees, batch) into the parameters the model runs with: the identity for full
 training, `adapter_view` for LoRA over a frozen base; pruning brings its own (`pretrain/pruning.py`).
 
-Shapes: B batch, T time, V vocab. Preference batches hold the chosen rows first, then the rejected ones.
+Shapes: B batch, T time, D model. Preference batches hold the chosen rows first, then the rejected ones.
 """
 
 from __future__ import annotations
@@ -13,19 +13,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from afm_rl.compute import DEFAULT_COMPUTE, Compute
 from afm_rl.config import ModelConfig
 from afm_rl.lora import attach
-from afm_rl.model import Params, forward, logits
-from afm_rl.objectives.distillation import teacher_top1, top1_distillation
+from afm_rl.model import forward
+from afm_rl.objectives.distillation import top1_distillation
 from afm_rl.objectives.dpo import dpo_loss
 from afm_rl.objectives.ipo import ipo_loss
 from afm_rl.objectives.mdloo import mdloo_loss
 from afm_rl.objectives.reward import reward_loss
-from afm_rl.objectives.sequence import masked_sum, token_logps
+from afm_rl.objectives.sequence import TargetScores, masked_sum
 from afm_rl.objectives.supervised import cross_entropy
+from afm_rl.parameters import Params
 from afm_rl.reward_model import score
+from afm_rl.token_scores import score_tokens, top1_tokens
 from afm_rl.training import Batch, LossFn
 from afm_rl.types import GRADINGS
 
@@ -42,49 +44,56 @@ def adapter_view(*, alpha: float, rank: int) -> View:
     return lambda params, frozen, _: attach(frozen["base"], params, alpha=alpha, rank=rank)
 
 
-def sequence_logits(
+def hidden_states(
     params: Params,
     batch: Batch,
     *,
     config: ModelConfig,
-    compute_dtype: Any = jnp.float32,
+    compute: Compute = DEFAULT_COMPUTE,
     dropout_rate: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """float32 logits_BTV of a batch, packed or padded."""
-    hidden, _ = forward(
+    """hidden_BTD after the final norm, of a batch packed or padded."""
+    return forward(
         params,
         batch["tokens_BT"],
         config=config,
         positions_BT=batch.get("positions_BT"),
         segments_BT=batch.get("segments_BT"),
-        compute_dtype=compute_dtype,
+        compute=compute,
         dropout_rate=dropout_rate,
         key=key,
-    )
-    return logits(params, hidden, config)
+    )[0]
+
+
+def target_scores(
+    params: Params,
+    batch: Batch,
+    *,
+    config: ModelConfig,
+    compute: Compute = DEFAULT_COMPUTE,
+    dropout_rate: float = 0.0,
+    key: jax.Array | None = None,
+) -> TargetScores:
+    """What the model says of the batch's tokens."""
+    hidden_BTD = hidden_states(params, batch, config=config, compute=compute, dropout_rate=dropout_rate, key=key)
+    return score_tokens(params, hidden_BTD, [batch["tokens_BT"]], config=config, compute=compute)[0]
 
 
 def supervised(
     config: ModelConfig,
     *,
     view: View = full_view,
-    compute_dtype: str = "float32",
+    compute: Compute = DEFAULT_COMPUTE,
     dropout: float = 0.0,
     z_loss: float = 0.0,
 ) -> LossFn:
     """Token-mean cross-entropy with z-loss: pre-training, SFT, rejection sampling, distillation on text, adapters."""
 
     def loss(params: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits_BTV = sequence_logits(
-            view(params, frozen, batch),
-            batch,
-            config=config,
-            compute_dtype=compute_dtype,
-            dropout_rate=dropout,
-            key=key,
-        )
-        return cross_entropy(logits_BTV, batch["tokens_BT"], batch["mask_BT"], z_loss=z_loss)
+        seen = view(params, frozen, batch)
+        scores = target_scores(seen, batch, config=config, compute=compute, dropout_rate=dropout, key=key)
+        return cross_entropy(scores, batch["mask_BT"], z_loss=z_loss)
 
     return loss
 
@@ -94,23 +103,27 @@ def distillation(
     teacher_config: ModelConfig,
     *,
     view: View = full_view,
-    compute_dtype: str = "float32",
+    compute: Compute = DEFAULT_COMPUTE,
     true_weight: float = 0.1,
 ) -> LossFn:
     """0.1 x the true label + 0.9 x the top-1 label of frozen["teacher"] (3.2.1)."""
 
     def loss(params: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         del key
-        taught_BT = teacher_top1(
-            sequence_logits(frozen["teacher"], batch, config=teacher_config, compute_dtype=compute_dtype)
-        )
-        logits_BTV = sequence_logits(view(params, frozen, batch), batch, config=config, compute_dtype=compute_dtype)
-        return top1_distillation(logits_BTV, batch["tokens_BT"], taught_BT, batch["mask_BT"], true_weight=true_weight)
+        teacher_BTD = hidden_states(frozen["teacher"], batch, config=teacher_config, compute=compute)
+        taught_BT = top1_tokens(frozen["teacher"], teacher_BTD, config=teacher_config, compute=compute)
+        seen = view(params, frozen, batch)
+        hidden_BTD = hidden_states(seen, batch, config=config, compute=compute)
+        true, taught = score_tokens(seen, hidden_BTD, [batch["tokens_BT"], taught_BT], config=config, compute=compute)
+        agreement_BT = taught_BT == batch["tokens_BT"]
+        return top1_distillation(true, taught, agreement_BT=agreement_BT, mask_BT=batch["mask_BT"], true_weight=true_weight)
 
     return loss
 
 
-def reward(config: ModelConfig, *, grading_weight: float, compute_dtype: str = "float32", dropout: float = 0.0) -> LossFn:
+def reward(
+    config: ModelConfig, *, grading_weight: float, compute: Compute = DEFAULT_COMPUTE, dropout: float = 0.0
+) -> LossFn:
     """Soft-label ranking plus lambda x the four gradings (E.1). Batch: tokens_BT, length_B, level_B, grades [B, 4]."""
 
     def loss(params: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -120,7 +133,7 @@ def reward(config: ModelConfig, *, grading_weight: float, compute_dtype: str = "
             batch["tokens_BT"],
             batch["length_B"],
             config=config,
-            compute_dtype=compute_dtype,
+            compute=compute,
             dropout_rate=dropout,
             key=key,
         )
@@ -145,23 +158,25 @@ def response_logps(
     batch: Batch,
     *,
     config: ModelConfig,
-    compute_dtype: Any = jnp.float32,
+    compute: Compute = DEFAULT_COMPUTE,
     temperature: float = 1.0,
 ) -> jax.Array:
     """log p of every target token, 0 elsewhere -> [B, T] float32. The learner's program for all three log-probabilities."""
-    logits_BTV = sequence_logits(params, batch, config=config, compute_dtype=compute_dtype)
-    return token_logps(logits_BTV, batch["tokens_BT"], temperature=temperature) * batch["mask_BT"]
+    hidden_BTD = hidden_states(params, batch, config=config, compute=compute)
+    targets = [batch["tokens_BT"]]
+    scores = score_tokens(params, hidden_BTD, targets, config=config, compute=compute, temperature=temperature)[0]
+    return scores.logp_BT * batch["mask_BT"]
 
 
 def preference(
-    name: str, config: ModelConfig, *, beta: float, compute_dtype: str = "float32", view: View = full_view
+    name: str, config: ModelConfig, *, beta: float, compute: Compute = DEFAULT_COMPUTE, view: View = full_view
 ) -> LossFn:
     """DPO or IPO over summed response log-probabilities. Batch: tokens_BT, mask_BT, ref_logp_B (chosen, then rejected)."""
     objective = {"dpo": dpo_loss, "ipo": ipo_loss}[name]
 
     def loss(params: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         del key
-        logp_B = response_logps(view(params, frozen, batch), batch, config=config, compute_dtype=compute_dtype).sum(-1)
+        logp_B = response_logps(view(params, frozen, batch), batch, config=config, compute=compute).sum(-1)
         pairs = logp_B.shape[0] // 2
         margin_B = (logp_B - batch["ref_logp_B"])[:pairs] - (logp_B - batch["ref_logp_B"])[pairs:]
         value = objective(
@@ -176,7 +191,7 @@ def preference(
     return loss
 
 
-def mdloo(config: ModelConfig, *, gamma: float, temperature: float = 1.0, compute_dtype: str = "float32") -> LossFn:
+def mdloo(config: ModelConfig, *, gamma: float, temperature: float = 1.0, compute: Compute = DEFAULT_COMPUTE) -> LossFn:
     """Eq. 9 (see `objectives/mdloo.py`). Batch: tokens_BT, mask_BT, behavior_logp_BT, advantage_B, num_sequences.
 
     It reports each sequence's log(pi_theta / pi_k): `mdloo.sequence_metrics` makes the metrics of all microbatches of it.
@@ -184,7 +199,7 @@ def mdloo(config: ModelConfig, *, gamma: float, temperature: float = 1.0, comput
 
     def loss(params: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         del frozen, key
-        logp_BT = response_logps(params, batch, config=config, compute_dtype=compute_dtype, temperature=temperature)
+        logp_BT = response_logps(params, batch, config=config, compute=compute, temperature=temperature)
         value, _ = mdloo_loss(
             logp_BT=logp_BT,
             behavior_logp_BT=batch["behavior_logp_BT"],

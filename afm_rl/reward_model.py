@@ -8,14 +8,16 @@ Shapes: B batch, T time, D model; gradings in the order of `types.GRADINGS`, 3 c
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from afm_rl.compute import DEFAULT_COMPUTE, Compute
 from afm_rl.config import ModelConfig
 from afm_rl.dense import dense
-from afm_rl.model import Params, forward
+from afm_rl.model import forward
+from afm_rl.parameters import Params
 from afm_rl.types import GRADINGS
 
 CLASSES = 3
@@ -47,14 +49,12 @@ def score(
     length_B: jax.Array,
     *,
     config: ModelConfig,
-    compute_dtype: Any = jnp.float32,
+    compute: Compute = DEFAULT_COMPUTE,
     dropout_rate: float = 0.0,
     key: jax.Array | None = None,
 ) -> Scores:
     """r(x, y) and the grade logits of right-padded sequences whose real lengths are `length_B` (at least 1)."""
-    hidden_BTD, _ = forward(
-        params["trunk"], tokens_BT, config=config, compute_dtype=compute_dtype, dropout_rate=dropout_rate, key=key
-    )
+    hidden_BTD, _ = forward(params["trunk"], tokens_BT, config=config, compute=compute, dropout_rate=dropout_rate, key=key)
     last_BD = jnp.take_along_axis(hidden_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0].astype(jnp.float32)
     heads = params["heads"]
     grades = {name: dense(jax.nn.gelu(dense(last_BD, heads[name]["up"])), heads[name]["down"]) for name in GRADINGS}

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from afm_rl.config import ModelConfig
-from afm_rl.model import Params
+from afm_rl.parameters import Params
 from afm_rl.policy_losses import View
 from afm_rl.training import Batch
 from pretrain.soft_topk import soft_topk

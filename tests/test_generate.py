@@ -14,7 +14,8 @@ import pytest
 
 from afm_rl.config import ModelConfig
 from afm_rl.generate import Generator, NoWeightsError, _Batch, _sample, _stream_keys, request_seed
-from afm_rl.model import Params, ParamSpec, forward, logits, param_specs
+from afm_rl.model import forward, logits
+from afm_rl.parameters import Params, ParamSpec, param_specs
 from afm_rl.types import GenerationRequest, Group
 
 CONFIG = ModelConfig(11, 8, 16, 2, 4, 2, 4, max_positions=48)

@@ -12,7 +12,8 @@ import pytest
 
 from afm_rl.config import ModelConfig
 from afm_rl.huggingface import UnsupportedCheckpointError, load_config, load_params, load_pretrained, save_pretrained
-from afm_rl.model import ParamSpec, Transformer, param_specs
+from afm_rl.model import Transformer
+from afm_rl.parameters import ParamSpec, param_specs
 from afm_rl.safetensors_file import read_safetensors, write_safetensors
 from afm_rl.tokenizer import Tokenizer
 from afm_rl.weights import leaves

@@ -12,7 +12,8 @@ import pytest
 from afm_rl.config import ModelConfig
 from afm_rl.dense import dense
 from afm_rl.lora import PROJECTIONS, LoraWeight, attach, init_lora, merge, projection_shapes
-from afm_rl.model import ParamSpec, forward, logits, param_specs
+from afm_rl.model import forward, logits
+from afm_rl.parameters import ParamSpec, param_specs
 from afm_rl.quantized import Int8Embedding, PalettizedWeight, dequantize_params
 
 CONFIG = ModelConfig(32, 16, 24, 2, 4, 2, 8)

@@ -13,20 +13,11 @@ import pytest
 from flax import nnx
 
 import afm_rl.model as model_module
+from afm_rl.compute import Compute
 from afm_rl.config import PRESETS, ModelConfig
 from afm_rl.lora import PROJECTIONS, attach
-from afm_rl.model import (
-    Params,
-    ParamSpec,
-    Transformer,
-    dropout,
-    forward,
-    init_params,
-    logits,
-    param_specs,
-    rms_norm,
-    rope,
-)
+from afm_rl.model import Transformer, dropout, forward, logits, rms_norm, rope
+from afm_rl.parameters import Params, ParamSpec, init_params, param_specs
 
 CONFIG = ModelConfig(19, 16, 24, 2, 4, 2, 6, rope_base=100.0, max_positions=64)
 #: Where the number of layers does not matter, one compiles faster.
@@ -45,7 +36,7 @@ def random_params(config: ModelConfig) -> Params:
     return jax.tree.map(draw, param_specs(config), is_leaf=lambda x: isinstance(x, ParamSpec))
 
 
-@partial(jax.jit, static_argnames=("config", "compute_dtype", "dropout_rate"))
+@partial(jax.jit, static_argnames=("config", "compute", "dropout_rate"))
 def run(params: Params, tokens_BT: jax.Array, *, config: ModelConfig = CONFIG, **options: Any) -> jax.Array:
     """Logits, one compiled program per kind of call."""
     return logits(params, forward(params, tokens_BT, config=config, **options)[0], config)
@@ -214,7 +205,7 @@ def test_an_adapter_on_the_model_equals_the_merged_model() -> None:
 def test_bfloat16_compute_is_close() -> None:
     """Guards mixed precision: logits in float32, within bfloat16's error of the exact ones, but not equal to them."""
     params = random_params(SHALLOW)
-    found = run(params, TOKENS, config=SHALLOW, compute_dtype=jnp.bfloat16)
+    found = run(params, TOKENS, config=SHALLOW, compute=Compute(dtype="bfloat16"))
     assert found.dtype == jnp.float32
     error = np.abs(found - run(params, TOKENS, config=SHALLOW)).max()
     assert 1e-4 < error < 0.15
@@ -246,3 +237,23 @@ def test_initialisation() -> None:
     np.testing.assert_array_equal(layers["attn_norm"], 1.0)
     assert not np.array_equal(layers["gate"], layers["up"])
     assert not np.array_equal(layers["gate"], start(config, jax.random.key(1))["layers"]["gate"])
+
+
+@pytest.mark.parametrize("remat", ["full", "dots", "names"])
+def test_rematerialisation_changes_memory_only(remat: str) -> None:
+    """Guards the policies: the same gradients, from a program that keeps less between its passes."""
+    config = ModelConfig(16, 32, 64, 10, 2, 1, 16)
+    params, tokens = random_params(config), jnp.zeros((4, 32), jnp.int32).at[:, ::3].set(5)
+
+    @partial(jax.jit, static_argnames="compute")
+    def gradient(params: Params, compute: Compute) -> Params:
+        return jax.grad(lambda p: forward(p, tokens, config=config, compute=compute)[0].var())(params)
+
+    def kept_bytes(compute: Compute) -> int:
+        return gradient.lower(params, compute).compile().memory_analysis().temp_size_in_bytes
+
+    found, expected = gradient(params, Compute(remat=remat)), gradient(params, Compute())  # type: ignore[arg-type]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), found, expected)
+    assert kept_bytes(Compute(remat=remat)) < 0.9 * kept_bytes(Compute())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unknown rematerialisation policy 'some'; known: none, full, dots, names"):
+        gradient(params, Compute(remat="some"))  # type: ignore[arg-type]

@@ -10,8 +10,9 @@ import pytest
 
 from afm_rl.config import ModelConfig
 from afm_rl.lora import projection_shapes
-from afm_rl.model import Params, ParamSpec, param_specs
-from afm_rl.policy_losses import adapter_view, build, response_logps, sequence_logits
+from afm_rl.model import logits
+from afm_rl.parameters import Params, ParamSpec, param_specs
+from afm_rl.policy_losses import adapter_view, build, hidden_states, response_logps
 from afm_rl.reward_model import score
 from afm_rl.types import GRADINGS
 
@@ -48,7 +49,7 @@ BATCH = make_batch()
 
 @jax.jit
 def logits_of(params: Params) -> jax.Array:
-    return sequence_logits(params, BATCH, config=CONFIG)
+    return logits(params, hidden_states(params, BATCH, config=CONFIG), CONFIG)
 
 
 @jax.jit

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from afm_rl.config import ModelConfig
-from afm_rl.model import Params, forward, init_params
+from afm_rl.model import forward
+from afm_rl.parameters import Params, init_params
 from afm_rl.reward_model import CLASSES, Scores, init_heads, score
 from afm_rl.types import GRADINGS
 

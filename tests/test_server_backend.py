@@ -21,7 +21,8 @@ from afm_rl.config import ModelConfig
 from afm_rl.generate import Generator
 from afm_rl.huggingface import save_pretrained
 from afm_rl.lora import PROJECTIONS, projection_shapes
-from afm_rl.model import Params, forward, init_params, logits
+from afm_rl.model import forward, logits
+from afm_rl.parameters import Params, init_params
 from afm_rl.quantized import dequantize_params
 from afm_rl.tokenizer import Tokenizer
 from afm_rl.types import GenerationRequest

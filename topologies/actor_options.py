@@ -8,23 +8,19 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from topologies.strict import Count, Fraction, PositiveOrZero, Strict, problem
 
-_ONE_DEVICE = "multi-device meshes are not available in this version; set it to 1"
-
 
 class Mesh(Strict):
-    """The learner's device mesh."""
+    """The learner's device mesh (3.3)."""
 
     data: Count = 1
     fsdp: Count = 1
     seq: Count = 1
     tensor: Count = 1
 
-    @model_validator(mode="after")
-    def _check(self) -> Mesh:
-        for name, size in self:
-            if size > 1:
-                raise problem(_ONE_DEVICE, at=(name,))
-        return self
+    @property
+    def devices(self) -> int:
+        """Devices of the mesh."""
+        return self.data * self.fsdp * self.seq * self.tensor
 
 
 class Role(Strict):
@@ -45,13 +41,19 @@ class Learner(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Learner:
-        if self.processes > 1:
-            raise problem(_ONE_DEVICE, at=("processes",))
+        if self.mesh.devices % self.processes:
+            message = f"the mesh has {self.mesh.devices} devices, which {self.processes} processes cannot share equally"
+            raise problem(f"{message}; make processes a divisor of them", at=("processes",))
         return self
 
     @property
     def replicas(self) -> int:
         return self.processes
+
+    @property
+    def devices_per_process(self) -> int:
+        """Devices that each process brings to the mesh."""
+        return self.mesh.devices // self.processes
 
 
 class Sampler(Role):

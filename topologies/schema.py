@@ -104,9 +104,13 @@ class Checkpoints(Strict):
 
 
 class Compute(Strict):
-    """Arithmetic of forward and backward passes; master weights are always float32."""
+    """How forward and backward passes are computed; master weights and optimizer state are always float32."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "full", "dots", "names"] = "none"  # recompute: nothing, all, all but products, all but branches
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    logits_per_pass: Count = 2**26  # the most [token, vocabulary] logits in memory at a time, per device
+    microbatch_tokens: Count | None = None  # larger batches are cut, and their gradients summed
 
 
 class Documents(Strict):
@@ -250,6 +254,7 @@ class Topology(Strict):
             made.update(stage.makes)
 
     def _check_shapes(self) -> None:
+        self._check_mesh()
         for i, stage in enumerate(self.stages):
             at: Loc = ("stages", i, stage.name)
             # A model with more tokens than its tokenizer would sample ids that nobody can decode.
@@ -267,6 +272,24 @@ class Topology(Strict):
             if stage.name == "adapters" and stage.rank not in (ranks := self.stage("recover").ranks):
                 message = f"no recovery adapter of rank {stage.rank} to start from; recover.ranks are {ranks}"
                 raise problem(message, at=(*at, "rank"))
+
+    def _check_mesh(self) -> None:
+        """Every dimension that the mesh cuts must divide: devices would idle otherwise."""
+        mesh, config = self.actors.learner.mesh, self.model.config()
+        at: Loc = ("actors", "learner", "mesh")
+        if self.launcher == "inline" and self.actors.learner.processes > 1:
+            raise problem("the inline launcher is one process; use launcher: local", at=("actors", "learner", "processes"))
+        for axis, what in (("tensor", "num_heads"), ("tensor", "ffn_dim"), ("fsdp", "dim")):
+            if getattr(config, what) % getattr(mesh, axis):
+                raise problem(f"does not divide model.{what}, {getattr(config, what)}", at=(*at, axis))
+        for i, stage in enumerate(self.stages):
+            trainings = [(("stages", i, stage.name), stage), *((("stages", i, stage.name, n), p) for n, p in stage)]
+            for where, training in trainings:
+                batch, length = getattr(training, "batch", None), getattr(training, "sequence_length", None)
+                if isinstance(batch, int) and batch % (mesh.data * mesh.fsdp):
+                    raise problem(f"must be a multiple of mesh data x fsdp, {mesh.data * mesh.fsdp}", at=(*where, "batch"))
+                if isinstance(length, int) and length % mesh.seq:
+                    raise problem(f"must be a multiple of mesh seq, {mesh.seq}", at=(*where, "sequence_length"))
 
     def _check_phases(self, stage: Any, at: Loc) -> None:
         limit = self.model.config().max_positions

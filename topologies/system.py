@@ -16,12 +16,15 @@ from typing import Any
 
 from actors.annotator import Annotator
 from actors.host import ActorStats, DeadlineError, Handle, Host, InlineHandle, RayHandle, gather
+from actors.jobs import LearnerSetup
 from actors.learner import Learner
 from actors.quantizer import Quantizer
 from actors.reward import Reward
 from actors.sampler import Committee, Sampler
 from actors.weights import WeightStore
+from afm_rl.compute import Compute
 from afm_rl.errors import UserError
+from afm_rl.sharding import MeshShape
 from topologies.schema import Topology
 
 #: Bytes of the local object store: weights of small models pass through it, not data sets.
@@ -82,7 +85,7 @@ def declare(topology: Topology) -> dict[str, list[ActorDeclaration]]:
     actors, dtype = topology.actors, topology.compute.dtype
     options: dict[str, tuple[type, int, Any, dict[str, Any]]] = {
         "weights": (WeightStore, 1, None, {}),
-        "learner": (Learner, 1, actors.learner, {"compute_dtype": dtype}),
+        "learner": (Learner, 1, actors.learner, {"setup": learner_setup(topology)}),
         "sampler": (
             Sampler,
             actors.sampler.replicas,
@@ -118,6 +121,16 @@ def declare(topology: Topology) -> dict[str, list[ActorDeclaration]]:
         ]
         for role, (cls, count, section, kwargs) in options.items()
     }
+
+
+def learner_setup(topology: Topology) -> LearnerSetup:
+    """How the learner computes, from the topology's `compute` and the learner's mesh."""
+    compute = topology.compute
+    return LearnerSetup(
+        compute=Compute(compute.dtype, compute.remat, compute.attention, compute.logits_per_pass),
+        mesh=MeshShape(**topology.actors.learner.mesh.model_dump()),
+        microbatch_tokens=compute.microbatch_tokens,
+    )
 
 
 def _group_size(topology: Topology) -> int:

@@ -34,24 +34,34 @@ def align_to_target(value_BT: jax.Array) -> jax.Array:
     return jnp.pad(value_BT[:, :-1], ((0, 0), (1, 0)))
 
 
-def score_targets(logits_BTV: jax.Array, tokens_BT: jax.Array, *, temperature: float = 1.0) -> TargetScores:
-    """Log-probabilities of the tokens under softmax(logits / temperature), with the normalizer and top-1 agreement.
+def next_tokens(tokens_BT: jax.typing.ArrayLike) -> jax.Array:
+    """The token after each position; 0 after the last, which predicts nothing."""
+    return jnp.pad(jnp.asarray(tokens_BT)[:, 1:], ((0, 0), (0, 1)))
+
+
+def score_next(logits_BTV: jax.Array, next_BT: jax.Array, *, temperature: float = 1.0) -> TargetScores:
+    """What the logits at each position say of the token after it, not yet aligned with that token.
 
     Raises ValueError on a shape mismatch or a temperature that is not positive.
     """
     if isinstance(temperature, int | float) and not temperature > 0:
         raise ValueError(f"temperature must be positive to have log-probabilities, got {temperature}")
-    require_shape("tokens_BT", tokens_BT, logits_BTV.shape[:2])
+    require_shape("tokens_BT", next_BT, logits_BTV.shape[:2])
     logits_BTV = logits_BTV.astype(jnp.promote_types(logits_BTV.dtype, jnp.float32)) / temperature
-    # Shift the tokens and the results, never the logits: the gradient of a sliced [B, T, V] is another [B, T, V] copy.
-    next_token_BT = jnp.pad(jnp.asarray(tokens_BT)[:, 1:], ((0, 0), (0, 1)))
-    picked_BT = jnp.take_along_axis(logits_BTV, next_token_BT[..., None], axis=-1)[..., 0]
+    picked_BT = jnp.take_along_axis(logits_BTV, next_BT[..., None], axis=-1)[..., 0]
     log_normalizer_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     # Comparing with the maximum is several times cheaper on CPU than an argmax.
     is_top1_BT = picked_BT >= jax.lax.stop_gradient(logits_BTV).max(axis=-1)
-    return TargetScores(
-        align_to_target(picked_BT - log_normalizer_BT), align_to_target(log_normalizer_BT), align_to_target(is_top1_BT)
-    )
+    return TargetScores(picked_BT - log_normalizer_BT, log_normalizer_BT, is_top1_BT)
+
+
+def score_targets(logits_BTV: jax.Array, tokens_BT: jax.Array, *, temperature: float = 1.0) -> TargetScores:
+    """Log-probabilities of the tokens under softmax(logits / temperature), with the normalizer and top-1 agreement.
+
+    Raises as `score_next`.
+    """
+    # Shift the tokens and the results, never the logits: the gradient of a sliced [B, T, V] is another [B, T, V] copy.
+    return TargetScores(*map(align_to_target, score_next(logits_BTV, next_tokens(tokens_BT), temperature=temperature)))
 
 
 def token_logps(logits_BTV: jax.Array, tokens_BT: jax.Array, *, temperature: float = 1.0) -> jax.Array:

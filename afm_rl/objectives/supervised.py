@@ -1,7 +1,7 @@
 """Next-token cross-entropy: pre-training (3.2), SFT (4.2), rejection-sampling fine-tuning and adapters all minimise it.
 
 The mean is over target tokens, not over sequences. The z-loss (1e-6 in pre-training; axlearn) keeps the log-normalizer
-of the logits near zero. Shapes: B batch, T time, V vocab.
+of the logits near zero. Shapes: B batch, T time.
 """
 
 from __future__ import annotations
@@ -9,22 +9,20 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from afm_rl.objectives.sequence import score_targets, token_mean
+from afm_rl.objectives.sequence import TargetScores, token_mean
 
 
 def cross_entropy(
-    logits_BTV: jax.Array, tokens_BT: jax.Array, mask_BT: jax.Array, *, z_loss: float = 0.0
+    scores: TargetScores, mask_BT: jax.Array, *, z_loss: float = 0.0
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """-mean log p(token t) + z_loss * mean (log Z)^2 over the targets, in nats per token.
 
     Args:
-      logits_BTV: entry t predicts token t + 1.
-      tokens_BT: token ids.
+      scores: of the tokens, [B, T] each.
       mask_BT: 1 where token t is a target.
       z_loss: weight of the squared log-normalizer.
     Returns: the scalar loss, and metrics: nll (without z-loss), accuracy (top-1), log_z (mean normalizer), tokens.
     """
-    scores = score_targets(logits_BTV, tokens_BT)
     nll = -token_mean(scores.logp_BT, mask_BT)
     loss = nll + z_loss * token_mean(jnp.square(scores.log_normalizer_BT), mask_BT)
     return loss, {

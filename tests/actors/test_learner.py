@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from actors.artifacts import load_artifact, save_artifact
-from actors.learner import AdapterSpec, Learner, MdlooSettings, TrainingJob, responses_batch
+from actors.jobs import AdapterSpec, MdlooSettings, TrainingJob
+from actors.learner import Learner, responses_batch
 from afm_rl.config import ModelConfig
-from afm_rl.model import ParamSpec, forward, logits, param_specs
+from afm_rl.model import forward, logits
 from afm_rl.packing import Batch, Example, pack, pad
+from afm_rl.parameters import ParamSpec, param_specs
 from afm_rl.recipe import OptimizerSpec
 from afm_rl.types import GRADINGS, Group, ScoredGroup
 from afm_rl.weights import digest
@@ -162,14 +164,14 @@ class Spy(Learner):
         self.events: list[str] = []
         self.batches: list[Batch] = []
         step = super().begin(job)
-        inner = self._step
+        inner = self._accumulated_step
 
         def recorded(state: Any, frozen: Any, microbatches: Sequence[Batch]) -> Any:
             self.events.append("step")
             self.batches += [{name: np.array(value) for name, value in batch.items()} for batch in microbatches]
             return inner(state, frozen, microbatches)
 
-        self._step = recorded  # type: ignore[assignment]
+        self._accumulated_step = recorded
         return step
 
     def log_probs(self, batch: Batch, which: str = "current", temperature: float = 1.0) -> np.ndarray:

@@ -11,7 +11,8 @@ import pytest
 
 import actors.pretraining as pretraining_module
 from actors.artifacts import load_artifact
-from actors.learner import Learner, TrainingJob
+from actors.jobs import LearnerSetup, TrainingJob
+from actors.learner import Learner
 from actors.metrics import JsonlSink, Metrics, read_metrics
 from actors.pretraining import PhasePlan, PhaseResult, PretrainPlan, held_out_rows, run_pretraining
 from afm_rl.config import ModelConfig
@@ -67,7 +68,7 @@ def make_plan(corpora: Path, folder: Path) -> PretrainPlan:
         fingerprint="letters",
         tokenizer_folder="",
         stage="pretrain",
-        compute_dtype="float32",
+        learner=LearnerSetup(),
     )
 
 

@@ -15,7 +15,7 @@ import actors.reward as reward_module
 from actors.artifacts import save_artifact
 from actors.reward import Reward, RewardSpec
 from afm_rl.config import ModelConfig
-from afm_rl.model import init_params
+from afm_rl.parameters import init_params
 from afm_rl.reward_model import init_heads, score
 from afm_rl.tokenizer import Tokenizer
 from afm_rl.types import GRADINGS, Group, Message, Prompt

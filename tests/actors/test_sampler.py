@@ -10,7 +10,7 @@ import pytest
 
 from actors.sampler import Committee, PolicySpec, Sampler
 from afm_rl.config import ModelConfig
-from afm_rl.model import ParamSpec, param_specs
+from afm_rl.parameters import ParamSpec, param_specs
 from afm_rl.types import GenerationRequest, Group, Weights
 from afm_rl.weights import DigestMismatchError, flatten
 

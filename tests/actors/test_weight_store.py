@@ -13,7 +13,7 @@ from actors.sampler import PolicySpec
 from actors.weights import WeightsOutOfSyncError, WeightStore, deliver, publish_folder
 from afm_rl.config import ModelConfig
 from afm_rl.huggingface import save_pretrained
-from afm_rl.model import ParamSpec, param_specs
+from afm_rl.parameters import ParamSpec, param_specs
 from afm_rl.types import Weights
 from afm_rl.weights import digest, flatten
 

@@ -13,9 +13,10 @@ import pytest
 
 from afm_rl.config import ModelConfig
 from afm_rl.huggingface import load_params
-from afm_rl.model import Params, forward, logits
+from afm_rl.model import forward, logits
 from afm_rl.objectives.mdloo import leave_one_out, mdloo_loss
 from afm_rl.objectives.sequence import sequence_logp, token_logps
+from afm_rl.parameters import Params
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 

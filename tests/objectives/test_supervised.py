@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -9,9 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from afm_rl.objectives import supervised
+from afm_rl.objectives.sequence import score_targets
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-cross_entropy = jax.jit(supervised.cross_entropy, static_argnames="z_loss")
+
+
+@partial(jax.jit, static_argnames="z_loss")
+def cross_entropy(
+    logits: jax.Array, tokens: jax.Array, mask: jax.Array, z_loss: float = 0.0
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The objective from logits."""
+    return supervised.cross_entropy(score_targets(logits, tokens), mask, z_loss=z_loss)
 
 
 def test_cross_entropy_matches_torch() -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from afm_rl.config import ModelConfig
-from afm_rl.model import ParamSpec, forward, logits, param_specs
+from afm_rl.model import forward, logits
+from afm_rl.parameters import ParamSpec, param_specs
 from afm_rl.policy_losses import supervised
 from afm_rl.recipe import OptimizerSpec
 from afm_rl.training import create_state, make_train_step

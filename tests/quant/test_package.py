@@ -13,7 +13,8 @@ import pytest
 
 from afm_rl.config import ModelConfig
 from afm_rl.lora import attach, projection_shapes
-from afm_rl.model import ParamSpec, forward, logits, param_specs
+from afm_rl.model import forward, logits
+from afm_rl.parameters import ParamSpec, param_specs
 from afm_rl.quantized import PalettizedWeight, dequantize_params
 from afm_rl.safetensors_file import read_safetensors, write_safetensors
 from quant.operations import operation_names, operations

@@ -36,7 +36,7 @@ def save_tiny_policy(run: RunFolder, name: str) -> None:
     import jax
 
     from afm_rl.huggingface import save_pretrained
-    from afm_rl.model import init_params
+    from afm_rl.parameters import init_params
     from pretrain.tokenizer_training import train_tokenizer
 
     config = PRESETS["tiny"].replace(vocab_size=400, dim=32, ffn_dim=32, num_layers=1)

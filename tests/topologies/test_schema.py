@@ -92,10 +92,17 @@ def test_unknown_key_names_file_line_place_and_nearest(tmp_path):
             "'human' is not available in this version; valid: sim",
         ),
         (
-            MINIMAL + "actors:\n  learner:\n    mesh: {fsdp: 2}\n",
-            "t.yaml:10: actors.learner.mesh.fsdp: multi-device meshes are not available in this version",
+            MINIMAL + "actors:\n  learner:\n    mesh: {fsdp: 3}\n",
+            "t.yaml:10: actors.learner.mesh.fsdp: does not divide model.dim, 128",
         ),
-        (MINIMAL + "actors: {learner: {processes: 2}}\n", "actors.learner.processes: multi-device meshes are not"),
+        (
+            MINIMAL + "actors: {learner: {processes: 2}}\n",
+            "actors.learner.processes: the mesh has 1 devices, which 2 processes cannot share equally",
+        ),
+        (
+            MINIMAL + "launcher: inline\nactors: {learner: {processes: 2, mesh: {data: 2}}}\n",
+            "actors.learner.processes: the inline launcher is one process; use launcher: local",
+        ),
         (MINIMAL + "address: auto\n", "t.yaml:8: address: only the cluster launcher takes an address"),
         (MINIMAL + "data: {world: python, files: {}}\n", "t.yaml:8: data.files: give either files or world, not both"),
         (MINIMAL + "data: {files: {prompts: gone.jsonl}}\n", "gone.jsonl does not exist"),

@@ -18,7 +18,7 @@ from ray import serve
 from afm_rl.config import ModelConfig
 from afm_rl.errors import UserError
 from afm_rl.lora import init_lora
-from afm_rl.model import init_params
+from afm_rl.parameters import init_params
 from pretrain.tokenizer_training import MIN_VOCAB_SIZE, train_tokenizer
 from quant.adapter import write_adapter
 from quant.operations import operation_names

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from actors.artifacts import load_artifact, save_artifact
-from actors.learner import AdapterSpec, TrainingJob
+from actors.jobs import AdapterSpec, TrainingJob
 from afm_rl.lora import attach, merge
 from afm_rl.packing import Batch
 from afm_rl.quantized import dequantize_params

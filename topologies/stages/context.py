@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.host import Handle, call, gather, spread
-from actors.learner import TrainingJob
+from actors.jobs import TrainingJob
 from actors.metrics import Metrics
 from actors.sampler import PolicySpec
 from actors.weights import deliver, publish_folder

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from actors.host import call
-from actors.learner import TrainingJob
+from actors.jobs import TrainingJob
 from afm_rl.packing import Batch
 from afm_rl.recipe import OptimizerSpec
 from afm_rl.types import Demonstration, Preference

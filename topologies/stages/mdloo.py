@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from actors.host import call, gather, spread
-from actors.learner import MdlooSettings, TrainingJob
+from actors.jobs import MdlooSettings, TrainingJob
 from actors.reward import RewardSpec
 from actors.weights import deliver
 from afm_rl.generate import request_seed

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.learner import TrainingJob
+from actors.jobs import TrainingJob
 from actors.metrics import JsonlSink, Metrics, RaySink, TensorBoardSink
 from actors.pretraining import PhasePlan, PhaseResult, PretrainPlan, run_pretraining
 from afm_rl.config import ModelConfig
@@ -28,6 +28,7 @@ from topologies.report_data import Curve, Figure, StageResult, Table
 from topologies.stage_options import Phase, PretrainStage
 from topologies.stages.context import Context, Policy
 from topologies.stages.measure import percent
+from topologies.system import learner_setup
 
 STAGE = "pretrain"
 #: Characters of a needle case per token of the long length: leaves room for the question and the answer.
@@ -88,7 +89,7 @@ def build_plan(ctx: Context, options: PretrainStage) -> PretrainPlan:
         fingerprint=ctx.tokenizer.fingerprint,
         tokenizer_folder=str(ctx.tokenizer_folder),
         stage=STAGE,
-        compute_dtype=ctx.topology.compute.dtype,
+        learner=learner_setup(ctx.topology),
     )
 
 

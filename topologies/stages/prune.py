@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from actors.host import call
-from actors.learner import TrainingJob
+from actors.jobs import TrainingJob
 from actors.pretraining import held_out_rows
 from afm_rl.config import ModelConfig
 from afm_rl.packing import Batch, PackedRows

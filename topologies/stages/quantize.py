@@ -15,7 +15,7 @@ import numpy as np
 
 from actors.artifacts import load_artifact, save_artifact
 from actors.host import call, gather, spread
-from actors.learner import TrainingJob
+from actors.jobs import TrainingJob
 from actors.quantizer import PalettizeRequest
 from afm_rl.quantized import dequantize_params
 from afm_rl.recipe import OptimizerSpec

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from actors.host import call
-from actors.learner import TrainingJob
+from actors.jobs import TrainingJob
 from actors.reward import RewardSpec
 from afm_rl.data.split import conversation_key, is_held_out
 from afm_rl.errors import UserError

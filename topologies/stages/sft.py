@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from actors.learner import TrainingJob
+from actors.jobs import TrainingJob
 from afm_rl.recipe import OptimizerSpec
 from afm_rl.types import Demonstration
 from topologies.report_data import Curve, Figure, StageResult

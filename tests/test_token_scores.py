@@ -1,0 +1,85 @@
+"""Scores made in passes over the positions against those from whole logits: values, gradients, memory."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from afm_rl.compute import Compute
+from afm_rl.config import ModelConfig
+from afm_rl.objectives.sequence import score_targets
+from afm_rl.token_scores import _passes, score_tokens, top1_tokens
+
+CONFIG = ModelConfig(31, 8, 16, 1, 2, 1, 4)
+B, T = 2, 12
+#: Room for the logits of 4 positions of both rows: three passes.
+IN_PASSES = Compute(logits_per_pass=4 * B * 31)
+
+
+def case() -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(31, 8)).astype(np.float32)
+    return {"embed": {"weight": table}}, rng.normal(size=(B, T, 8)).astype(np.float32), rng.integers(0, 31, (B, T))
+
+
+@partial(jax.jit, static_argnames="compute")
+def loss(params: Any, hidden: jax.Array, tokens: jax.Array, compute: Compute) -> jax.Array:
+    first, second = score_tokens(params, hidden, [tokens, tokens[::-1]], config=CONFIG, compute=compute, temperature=0.7)
+    return (first.logp_BT * jnp.arange(T)).sum() + jnp.square(first.log_normalizer_BT).sum() - second.logp_BT.sum()
+
+
+def test_passes_give_the_scores_of_the_whole() -> None:
+    """Guards that every position is scored once and in its place, for several targets at once."""
+    params, hidden, tokens = case()
+    scores = score_tokens(params, hidden, [tokens], config=CONFIG, compute=IN_PASSES)[0]
+    expected = score_targets(jnp.einsum("btd,vd->btv", hidden, params["embed"]["weight"]), tokens)
+    for found, whole in zip(scores, expected, strict=True):
+        np.testing.assert_allclose(found, whole, rtol=2e-5, atol=1e-5)
+
+
+def test_passes_give_the_gradients_of_the_whole() -> None:
+    """Guards the backward pass of the loop: of the hidden states and of the table, which every pass adds to."""
+    params, hidden, tokens = case()
+    whole = jax.grad(loss, argnums=(0, 1))(params, hidden, tokens, Compute())
+    passes = jax.grad(loss, argnums=(0, 1))(params, hidden, tokens, IN_PASSES)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), passes, whole)
+
+
+def test_the_teachers_tokens_are_aligned_and_carry_no_gradient() -> None:
+    """Guards the shift: entry t replaces token t, and entry 0 is nobody's prediction."""
+    params, hidden, _ = case()
+    top1 = np.asarray(top1_tokens(params, hidden, config=CONFIG, compute=IN_PASSES))
+    np.testing.assert_array_equal(top1[:, 1:], (hidden @ params["embed"]["weight"].T).argmax(-1)[:, :-1])
+    assert top1.dtype == np.int32
+    assert (top1[:, 0] == 0).all()
+
+
+def test_logits_are_never_whole_in_memory() -> None:
+    """Guards the point of it: at a vocabulary of 49k, forward and backward stay far below one copy of the logits."""
+    config = ModelConfig(49_152, 8, 16, 1, 2, 1, 4)
+    shapes = jax.ShapeDtypeStruct((49_152, 8), jnp.float32), jax.ShapeDtypeStruct((4, 256, 8), jnp.float32)
+
+    def nll(table: jax.Array, hidden: jax.Array, compute: Compute) -> jax.Array:
+        tokens = jnp.zeros((4, 256), jnp.int32)
+        params = {"embed": {"weight": table}}
+        return score_tokens(params, hidden, [tokens], config=config, compute=compute)[0].logp_BT.sum()
+
+    whole_bytes = 4 * 256 * 49_152 * 4
+
+    def temporary_bytes(compute: Compute) -> int:
+        program = jax.jit(partial(jax.grad(nll, argnums=(0, 1)), compute=compute)).lower(*shapes).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(Compute(logits_per_pass=2**21)) < whole_bytes / 4
+    assert temporary_bytes(Compute(logits_per_pass=2**30)) > whole_bytes / 2
+
+
+@pytest.mark.parametrize(("length", "at_least", "passes"), [(12, 0, 1), (12, 5, 6), (13, 2, 13), (12, 99, 12)])
+def test_passes_are_equal(length: int, at_least: int, passes: int) -> None:
+    """Guards the cut: equal passes, no fewer than needed, at most one a position."""
+    assert _passes(length, at_least) == passes

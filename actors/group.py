@@ -129,6 +129,12 @@ class GroupHandle:
                 f"raised by rank {split.rank} of {self.name} alone; the group was built anew without its state"
             )
             raise split.error from None
+        except TimeoutError:
+            raise
+        except Exception:
+            if pending.ref is not None:
+                self._members.discard(pending.ref)
+            raise
 
     def _pending(self, what: str, ref: Any, after: tuple[RayPending, ...], calls: Sequence[Any]) -> GroupPending:
         return GroupPending(what, ref, after, group=self, generation=self._generation, calls=calls)

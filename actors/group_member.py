@@ -80,19 +80,17 @@ class GroupMember:
         """Construct the role."""
         self._host = Host(self._name, role, kwargs)
 
-    def run(self, method: str, kwargs: dict[str, Any], *args: Any) -> tuple[Any, None]:
-        """Run one method of the role: rank 0's value (nobody needs the others'), and an empty sign that it has ended."""
+    def run(self, method: str, kwargs: dict[str, Any], *args: Any) -> tuple[Any, None] | None:
+        """Run one method of the role. Rank 0 gives its value and an empty sign that it has ended, the others only that."""
         value = self._require_host().run(method, kwargs, *args)
-        return (value if self._rank == 0 else None), None
+        return (value, None) if self._rank == 0 else None
 
     def beat(self) -> None:
         """A sign of life."""
 
     def identity(self) -> Process:
         """Where this process runs."""
-        import ray
-
-        return Process(ray.get_runtime_context().get_node_id(), os.getpid(), _started(os.getpid()) or 0)
+        return identity()
 
     def stats(self) -> ActorStats:
         """What the role did since it was constructed."""
@@ -102,6 +100,13 @@ class GroupMember:
         if self._host is None:
             raise RuntimeError(f"{self._name} has no role yet: its construction failed or was not waited for")
         return self._host
+
+
+def identity() -> Process:
+    """This process."""
+    import ray
+
+    return Process(ray.get_runtime_context().get_node_id(), os.getpid(), _started(os.getpid()) or 0)
 
 
 def join_mesh(coordinator: str, *, rank: int, processes: int, heartbeat_s: float, deadline_s: float) -> None:

@@ -6,6 +6,7 @@ can never wake up and write. What Ray reports as a dead actor becomes `MemberLos
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -49,11 +50,9 @@ class RayMembers:
     def send(self, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Sequence[Any]]:
         shared = [self._once(argument) for argument in args]
         shared_kwargs = self._once(kwargs) if kwargs else {}
-        started = [
-            actor.run.options(name=f"{self._name}.{method}", num_returns=2).remote(method, shared_kwargs, *shared)
-            for actor in self._actors
-        ]
-        return started[0][0], [ended for _, ended in started]
+        first, *others = [actor.run.options(name=f"{self._name}.{method}") for actor in self._actors]
+        value, ended = first.options(num_returns=2).remote(method, shared_kwargs, *shared)
+        return value, [ended, *(run.remote(method, shared_kwargs, *shared) for run in others)]
 
     def beat(self, rank: int) -> Any:
         return self._aside(self._actors[rank].beat).remote()
@@ -71,6 +70,11 @@ class RayMembers:
             raise
         except (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
             raise MemberLost(_one_line(error)) from error
+
+    def discard(self, call: Any) -> None:
+        # Ray prints an exception that nobody has asked for; this one has been raised already, by the call's other half.
+        with contextlib.suppress(Exception):
+            ray.get(call, timeout=END_DEADLINE_S)
 
     def stats(self) -> list[ActorStats]:
         return ray.get([self._aside(actor.stats).remote() for actor in self._actors], timeout=STATS_DEADLINE_S)

@@ -59,6 +59,9 @@ class Members(Protocol):
     def value(self, call: Any) -> Any:
         """The value of a call that has ended, or its exception; MemberLost when its process is gone."""
 
+    def discard(self, call: Any) -> None:
+        """Forget the value of a call that has failed."""
+
     def stats(self) -> list[ActorStats]:
         """What every member did."""
 

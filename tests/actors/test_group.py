@@ -44,13 +44,15 @@ def group(ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple
     handle = start_group("learner", Sharded, {"folder": str(folder)}, PAIR)
     handle.ping().result(math.inf)
     yield handle, folder
-    processes = handle.processes()
+    pids = [process.pid for process in handle.processes()]
     handle.close()
-    assert [p.pid for p in processes if alive(p.pid)] == []
+    assert left_of(pids) == []
 
 
-def alive(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
+def left_of(pids: list[int]) -> list[int]:
+    """The processes that still run. One that has ended stays in the table until its parent, Ray, takes note."""
+    states = {pid: Path(f"/proc/{pid}/stat") for pid in pids}
+    return [pid for pid, stat in states.items() if stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"]
 
 
 def run_job(handle: GroupHandle, folder: Path) -> np.ndarray:
@@ -97,8 +99,9 @@ def test_a_lost_process_loses_no_step(
     assert took_s < HEARTBEAT_S + REBUILD_S
     assert handle.restarts == restarts + 1
     assert handle.restart_seconds - lost_s == pytest.approx(took_s, abs=HEARTBEAT_S)
-    assert [p.pid for p in victims if alive(p.pid)] == []
-    assert (resumed := call(handle, "begin")) >= 6
+    assert left_of([process.pid for process in victims]) == []
+    resumed = call(handle, "begin")
+    assert resumed == 6
     print(f"\n{number.name} of rank {rank}: a working group after {took_s:.1f} s, resumed at step {resumed}")
     while resumed < STEPS:
         resumed = call(handle, "train", min(CHUNK, STEPS - resumed))
@@ -111,16 +114,17 @@ def time_of_rebuild(handle: GroupHandle, folder: Path) -> float:
         old.unlink()
     handle.progressed()
     begun_s = time.monotonic()
+    assert call(handle, "begin") == 0
     with pytest.raises(GroupRestartedError, match="begin the job again"):
-        call(handle, "begin")
-        for _ in range(3):
-            call(handle, "train", CHUNK, PAUSE_S)
+        call(handle, "train", 3 * CHUNK, PAUSE_S)
     return time.monotonic() - begun_s - 8.5 * PAUSE_S
 
 
 def test_the_only_process_of_a_group_is_watched_too(ray: None, tmp_path: Path) -> None:  # noqa: ARG001
     """Guards a group of one: no peer and no coordinator notices that it froze."""
-    handle = start_group("alone", Sharded, {"folder": str(tmp_path)}, replace(PAIR, processes=1, devices_per_process=1))
+    handle = start_group(
+        "alone", Sharded, {"folder": str(tmp_path)}, replace(PAIR, processes=1, devices_per_process=1, max_restarts=1)
+    )
     try:
         expected = run_job(handle, tmp_path)
         victim = handle.processes()[0].pid
@@ -128,7 +132,7 @@ def test_the_only_process_of_a_group_is_watched_too(ray: None, tmp_path: Path) -
         took_s = time_of_rebuild(handle, tmp_path)
         print(f"\nSIGSTOP of the only process: a working group after {took_s:.1f} s")
         assert took_s < HEARTBEAT_S + REBUILD_S
-        assert not alive(victim)
+        assert left_of([victim]) == []
         done = call(handle, "begin")
         assert done == 6
         call(handle, "train", STEPS - done)
@@ -141,15 +145,15 @@ def test_the_only_process_of_a_group_is_watched_too(ray: None, tmp_path: Path) -
 
 def exhaust(handle: GroupHandle) -> None:
     """Lose the group until its budget is spent."""
-    for loss in range(PAIR.max_restarts + 1):
+    for loss in range(2):
         pid = handle.processes()[0].pid
         os.kill(pid, signal.SIGKILL)
-        with pytest.raises(GroupFailedError if loss == PAIR.max_restarts else GroupRestartedError) as caught:
+        with pytest.raises(GroupFailedError if loss == 1 else GroupRestartedError) as caught:
             call(handle, "devices")
-    assert "lost 4 times without progress" in str(caught.value)
+    assert "lost 2 times without progress" in str(caught.value)
     with pytest.raises(GroupFailedError, match="has ended"):
         handle.submit("devices")
-    assert not alive(pid)
+    assert left_of([pid]) == []
 
 
 def test_a_busy_process_is_not_lost(group: tuple[GroupHandle, Path]) -> None:
@@ -191,7 +195,7 @@ def test_arguments_travel_once_and_pending_calls_may_be_arguments(group: tuple[G
     actor = ray.remote(Host).options(num_cpus=0).remote("store", Store, {})
     store = RayHandle("store", actor)
     assert call(handle, "add_up", big, store.submit("ones", 5), times=2) == 2 * (200_000 + 5)
-    os.kill(handle.processes()[1].pid, signal.SIGSTOP)
+    os.kill(handle.processes()[1].pid, signal.SIGKILL)
     with pytest.raises(GroupRestartedError, match="rank 1"):
         call(store, "keep", handle.submit("state"))
     call(handle, "begin")

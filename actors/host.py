@@ -136,34 +136,51 @@ class RayHandle:
 
     def submit(self, method: str, *args: Any, **kwargs: Any) -> Pending:
         # A reference only travels without passing through this process when it is a top-level argument.
-        refs = [a.ref if isinstance(a, _RayPending) else a for a in args]
+        refs = [a.ref if isinstance(a, RayPending) else a for a in args]
         call = self._actor.run.options(name=f"{self.name}.{method}")
-        return _RayPending(f"{self.name}.{method}", call.remote(method, kwargs, *refs))
+        after = tuple(a for a in args if isinstance(a, RayPending))
+        return RayPending(f"{self.name}.{method}", call.remote(method, kwargs, *refs), after)
 
     def ping(self) -> Pending:
-        return _RayPending(f"the placement of {self.name}", self._actor.ping.remote())
+        return RayPending(f"the placement of {self.name}", self._actor.ping.remote())
 
     def stats(self) -> ActorStats:
-        return _RayPending(f"{self.name}.stats", self._actor.stats.remote()).result(30.0)
+        return RayPending(f"{self.name}.stats", self._actor.stats.remote()).result(30.0)
 
 
 @dataclass(frozen=True)
-class _RayPending:
+class RayPending:
+    """A call under way on Ray, its value's reference, and the calls whose values are its arguments."""
+
     what: str
     ref: Any
+    after: tuple[RayPending, ...] = ()
+
+    def settle(self, timeout_s: float) -> None:
+        """Wait for the arguments that know how to wait (a group's calls watch their members), without fetching them."""
+        end_s = time.monotonic() + timeout_s
+        for argument in self.after:
+            argument.settle(max(0.0, end_s - time.monotonic()))
 
     def result(self, timeout_s: float) -> Any:
-        import ray
+        end_s = time.monotonic() + timeout_s
+        self.settle(timeout_s)
+        return ray_value(self.ref, max(0.0, end_s - time.monotonic()))
 
-        try:
-            return ray.get(self.ref, timeout=timeout_s)
-        except ray.exceptions.GetTimeoutError as error:
-            raise TimeoutError(str(error)) from error
-        except ray.exceptions.RayTaskError as error:
-            # What the user can put right is the actor's own one line; everything else keeps the remote traceback.
-            if isinstance(error.cause, UserError):
-                raise error.cause from error
-            raise
+
+def ray_value(ref: Any, timeout_s: float) -> Any:
+    """The value behind a reference, or the exception that an actor raised, or TimeoutError."""
+    import ray
+
+    try:
+        return ray.get(ref, timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError as error:
+        raise TimeoutError(str(error)) from error
+    except ray.exceptions.RayTaskError as error:
+        # What the user can put right is the actor's own one line; everything else keeps the remote traceback.
+        if isinstance(error.cause, UserError):
+            raise error.cause from error
+        raise
 
 
 def gather(pending: Sequence[Pending], *, deadline_s: float = DEFAULT_DEADLINE_S) -> list[Any]:

@@ -20,7 +20,7 @@ import numpy as np
 from afm_rl.checkpoint_folder import ARRAYS_FOLDER, Checkpoint, CheckpointError
 
 #: Arrays are read in groups of about this size: beside the result, one group is all that the host holds.
-GROUP_BYTES = 256 * 2**20
+GROUP_BYTES = 64 * 2**20
 Row = dict[str, Any]
 
 

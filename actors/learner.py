@@ -71,6 +71,7 @@ class Learner:
         self._state: TrainState | None = None
         self._frozen: dict[str, Any] = {}
         self._view: View = full_view
+        self._checkpoints: checkpoint.Checkpoints | None = None
         self.config: ModelConfig | None = None
 
     def _mesh_set(self) -> AbstractContextManager[Any]:
@@ -266,14 +267,15 @@ class Learner:
         return logp_BT
 
     def save(self, step: int) -> None:
-        """Commit a checkpoint of the job at `step` (for MDLOO: iterations done)."""
+        """Begin to write a checkpoint of the job at `step` (for MDLOO: iterations done); the write goes on behind."""
         job = self._require_job()
-        checkpoint.save(
-            Path(job.checkpoint_folder),
-            step=step,
-            tree=self._require_state(),
-            metadata={"task": job.task, "step": step},
-        )
+        assert self._checkpoints is not None  # opened by begin
+        self._checkpoints.save(step, self._require_state(), {"task": job.task, "step": step})
+
+    def wait_for_checkpoints(self) -> None:
+        """Block until what `save` began is on the disk; raises what went wrong with it."""
+        if self._checkpoints is not None:
+            self._checkpoints.wait()
 
     @on_mesh
     def publish(self, policy: str, version: int) -> Weights | None:
@@ -286,6 +288,7 @@ class Learner:
         """Write what was trained as a policy folder, a reward model or an adapter."""
         job, params, config = self._require_job(), to_host(self._require_state().params), self.config
         assert config is not None
+        self.wait_for_checkpoints()  # whoever has the exported folder may delete the checkpoints
         if job.part == "masks":
             k = _required(job.keep_units, job, "how many units to keep")
             params, config = prune(params["model"], params["scores"], k=k), config.replace(ffn_dim=k)
@@ -294,12 +297,15 @@ class Learner:
 
     def _restore(self) -> int:
         job = self._require_job()
-        found = checkpoint.latest(Path(job.checkpoint_folder))
+        if self._checkpoints is not None:
+            self._checkpoints.close()
+        self._checkpoints = checkpoint.Checkpoints(job.checkpoint_folder)
+        found = checkpoint.latest(job.checkpoint_folder)
         if found is None:
             return 0
         if found.metadata["task"] != job.task:
             raise ValueError(f"{found.folder}: a checkpoint of task {found.metadata['task']!r}, not {job.task!r}")
-        self._state = jax.tree.map(jnp.asarray, checkpoint.restore(found, like=self._require_state()))
+        self._state = checkpoint.restore(found, like=self._require_state())
         return int(found.metadata["step"])
 
     def _require_job(self) -> TrainingJob:

@@ -116,11 +116,14 @@ def _run_phase(
     rows = {name: pack_corpus(corpora[name], length=phase.sequence_length, pad_id=0) for name in phase.mixture}
     batches = mixture_batches(rows, phase.mixture, batch=phase.batch, seed=phase.seed)
     start = learner.begin(phase.job)
-    for first in range(start, phase.steps, STEPS_PER_CALL):
-        steps = range(first, min(first + STEPS_PER_CALL, phase.steps))
-        measured = learner.train([batches(step) for step in steps])
-        for step, values in zip(steps, measured, strict=True):
-            metrics.log(stage=plan.stage, task=phase.job.task, step=step, values=values)
+    try:
+        for first in range(start, phase.steps, STEPS_PER_CALL):
+            steps = range(first, min(first + STEPS_PER_CALL, phase.steps))
+            measured = learner.train([batches(step) for step in steps])
+            for step, values in zip(steps, measured, strict=True):
+                metrics.log(stage=plan.stage, task=phase.job.task, step=step, values=values)
+    finally:
+        learner.wait_for_checkpoints()  # a run that is interrupted in order keeps what it began to write
     learner.export(phase.export, plan.tokenizer_folder)
     tokens = phase.steps * phase.batch * phase.sequence_length
     return PhaseResult(phase.name, {name: of.loss for name, of in learner.held_out(held_out).items()}, tokens)

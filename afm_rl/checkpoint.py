@@ -1,88 +1,222 @@
-"""Checkpoints that survive a kill at any moment: one folder per step, complete or absent, checked before it is used.
+"""Checkpoints that survive a kill at any moment, written in the background: complete or absent, checked before use.
 
-`folder/step-000000000012/` holds arrays.safetensors and metadata.json (which carries the arrays' SHA-256 and its own).
-It is written under a temporary name, every file synced, renamed, and the parent synced. A damaged newest checkpoint is
-logged and the one before it used. Any pytree: nested dicts, tuples, optax states, Python scalars, bfloat16, typed PRNG
-keys. One writer a folder.
+`Checkpoints.save` copies the arrays off the devices and returns; orbax writes them, every file is hashed, and the folder
+is published under its step (see `checkpoint_folder.py`). `latest` falls back over damaged ones with a warning; `restore`
+puts the arrays where `like` says, on any mesh and any number of processes. What a checkpoint holds: a tree (parameters,
+optimizer state, step, PRNG keys), metadata of the caller's, and the state of a data iterator where there is one.
 
 The paper does not describe its checkpoints; the requirement (exact resume, one truth about what was consumed) is ours.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
+import itertools
 import json
 import logging
 import os
-import re
 import shutil
+import threading
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from afm_rl.errors import UserError
-from afm_rl.safetensors_file import SafetensorsError, read_safetensors, write_safetensors
+from afm_rl import checkpoint_folder as on_disk
+from afm_rl.checkpoint_folder import Checkpoint, CheckpointError
+from afm_rl.checkpoint_leaves import describe, difference, iterator_file, iterator_text, read_leaves, restore_iterator
+
+__all__ = ["Checkpoint", "CheckpointError", "Checkpoints", "latest", "restore"]
 
 logger = logging.getLogger(__name__)
 
-ARRAYS_FILE = "arrays.safetensors"
-METADATA_FILE = "metadata.json"
-FORMAT = "afm-rl checkpoint 1"
-#: What a killed `save` may leave: half a folder, or a whole one set aside for its successor, which still counts.
-_TEMPORARY, _ASIDE, _REMOVING = ".writing-", ".aside-", ".removing-"
-_NAME = re.compile(rf"({re.escape(_ASIDE)})?step-(\d{{12,}})")
+#: Tells the barriers of one process group apart; every process counts alike, because saving is collective.
+_barrier_number = itertools.count()
 
 
-class CheckpointError(UserError, RuntimeError):
-    """A checkpoint could not be written, or none of those present can be used."""
+class Checkpoints:
+    """The writer of one folder: saves in the background, keeps the `keep` newest and every `keep_every`-th step.
 
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One checkpoint whose bytes were verified. `metadata` is what `save` was given, as JSON gives it back."""
-
-    folder: Path
-    step: int
-    metadata: dict[str, Any]
-    leaves: dict[str, dict[str, Any]] = field(repr=False)  # tree path -> {kind, and the value of a Python scalar}
-
-
-def save(
-    folder: str | os.PathLike[str], *, step: int, tree: Any, metadata: Mapping[str, Any] | None = None, keep: int = 2
-) -> Path:
-    """Write `tree` as the checkpoint of `step` (replacing one of the same step) and keep the `keep` newest.
-
-    Returns the checkpoint's folder. Raises CheckpointError when the disk is full (what was there stays) or a later
-    checkpoint exists, TypeError when a leaf or `metadata` cannot be stored.
+    With several JAX processes every one of them constructs it and calls `save`, `wait`, `latest` and `close` alike; the
+    folder is one that all of them see, and process 0 publishes. `timeout_s` bounds every wait, for the disk or for the
+    other processes. One save is in flight at a time. Use as a context manager, or `close()` it: a process that ends
+    with a save in flight loses that checkpoint, never an earlier one.
     """
-    if step < 0 or keep < 1:
-        raise ValueError(f"checkpoint.save needs step >= 0 and keep >= 1, got step {step}, keep {keep}")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _clean_up(folder)
-    _refuse_or_drop_later(folder, step)
-    final = folder / f"step-{step:012d}"
-    temporary = folder / f"{_TEMPORARY}{final.name}"
+
+    def __init__(
+        self, folder: str | os.PathLike[str], *, keep: int = 2, keep_every: int | None = None, timeout_s: float = 1200.0
+    ) -> None:
+        if keep < 1 or (keep_every is not None and keep_every < 1) or timeout_s < 1:
+            raise ValueError(f"Checkpoints needs keep, keep_every, timeout_s >= 1, got {keep}, {keep_every}, {timeout_s}")
+        self.folder = Path(folder).absolute()
+        self._keep, self._keep_every, self._timeout_s = keep, keep_every, timeout_s
+        self._orbax: Any = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._doing = ""
+
+    def save(self, step: int, tree: Any, metadata: Mapping[str, Any] | None = None, *, data_iterator: Any = None) -> None:
+        """Start writing `tree` as the checkpoint of `step` (replacing one of the same step).
+
+        Returns when the arrays are copied: the caller may donate them. `metadata` is JSON; `data_iterator` is anything
+        with grain's get_state() and set_state(). Waits for the save before this one and raises its error. Raises
+        CheckpointError when the disk is full (what was there stays), a later checkpoint exists or a deadline passes,
+        TypeError when a leaf or `metadata` cannot be stored.
+        """
+        if step < 0:
+            raise ValueError(f"a checkpoint needs step >= 0, got {step}")
+        self.wait()
+        rows, arrays = describe(tree)
+        document = _as_json({"step": step, "metadata": dict(metadata or {}), "leaves": rows})
+        files = {on_disk.METADATA_FILE: document} if _is_primary() else {}
+        if data_iterator is not None:
+            files[iterator_file(jax.process_index(), jax.process_count())] = iterator_text(data_iterator)
+        temporary = on_disk.temporary_path(self.folder, step)
+        try:
+            if _is_primary():
+                on_disk.start_writing(self.folder, step)
+            self._meet("start")
+            if arrays:
+                self._start_arrays(temporary / on_disk.ARRAYS_FOLDER, arrays)
+        except BaseException as error:
+            self._give_up(error, step)
+            raise
+        self._thread = threading.Thread(target=self._finish, args=(step, files), name=f"checkpoint-{step}")
+        self._thread.start()
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Block until everything saved is on the disk (in every process), and raise what went wrong with it.
+
+        Raises CheckpointError, saying what it waited for, after `timeout_s` (default: the constructor's).
+        """
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                raise CheckpointError(f"{self._thread.name} of {self.folder} not done after {timeout_s} s: {self._doing}")
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def latest(self) -> Checkpoint | None:
+        """`latest(folder)`, agreed on by all processes: the first verifies the bytes, the others take its answer."""
+        if jax.process_count() == 1:
+            return latest(self.folder)
+        from jax.experimental import multihost_utils
+
+        step, failure, found = -1, None, None
+        if _is_primary():
+            try:
+                found = latest(self.folder)
+                step = -1 if found is None else found.step
+            except CheckpointError as error:
+                step, failure = -2, error
+        self._meet("latest")
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+        if step == -2:
+            raise failure or CheckpointError(f"process 0 found no whole checkpoint in {self.folder}: see its log")
+        if step == -1 or found is not None:
+            return found
+        return on_disk.open_verified(on_disk.final_path(self.folder, step))
+
+    def close(self) -> None:
+        """`wait`, then let go of the writer's threads. A later `save` starts anew."""
+        try:
+            self.wait()
+        finally:
+            if self._orbax is not None and self._thread is None:
+                self._orbax.close()
+                self._orbax = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start_arrays(self, folder: Path, arrays: Mapping[str, Any]) -> None:
+        """Hand the arrays to orbax: returns when they are off the devices (on CPU, when XLA knows that they are held)."""
+        import orbax.checkpoint as ocp
+
+        if self._orbax is None:
+            # Named processes make orbax meet at barriers that have a deadline, not inside a collective that has none.
+            processes = ocp.options.MultiprocessingOptions(primary_host=0, active_processes=_processes())
+            handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=processes)
+            # Directories made at once: their errors are then ours to raise, and no thread of orbax's waits for them.
+            asynchronous = ocp.options.AsyncOptions(
+                timeout_secs=int(self._timeout_s), create_directories_asynchronously=False
+            )
+            self._orbax = ocp.AsyncCheckpointer(handler, async_options=asynchronous, multiprocessing_options=processes)
+        self._orbax.save(folder, args=ocp.args.PyTreeSave(dict(arrays)))
+
+    def _finish(self, step: int, files: Mapping[str, str]) -> None:
+        """In the background: wait for the arrays, write the rest, hash, publish, retain."""
+        temporary = on_disk.temporary_path(self.folder, step)
+        try:
+            if self._orbax is not None:
+                self._doing = "waiting for orbax to write the arrays of every process"
+                self._orbax.wait_until_finished()
+            for name, text in files.items():
+                self._doing = f"writing {name}"
+                on_disk.write_text(temporary / name, text)
+            self._meet("written")
+            if _is_primary():
+                self._doing = "hashing and publishing"
+                on_disk.seal(temporary)
+                on_disk.publish(temporary, on_disk.final_path(self.folder, step))
+                on_disk.retain(self.folder, keep=self._keep, keep_every=self._keep_every)
+            self._meet("published")
+        except BaseException as error:
+            logger.error("the checkpoint of step %d in %s failed: %s", step, self.folder, error)
+            try:
+                self._give_up(error, step)
+                self._error = error
+            except CheckpointError as explained:
+                self._error = explained
+
+    def _give_up(self, error: BaseException, step: int) -> None:
+        """Remove the half-written folder. Raises CheckpointError when the disk is full."""
+        if _is_primary():
+            shutil.rmtree(on_disk.temporary_path(self.folder, step), ignore_errors=True)
+        if on_disk.is_disk_full(error):
+            raise CheckpointError(on_disk.disk_full_message(self.folder, step)) from error
+
+    def _meet(self, where: str) -> None:
+        """Wait until every process is here; the error says who waited for what."""
+        if jax.process_count() == 1:
+            return
+        from orbax.checkpoint import multihost
+
+        self._doing = f"waiting for the other processes at {where!r}"
+        key, begin = f"afm-rl-checkpoint-{next(_barrier_number)}-{where}", time.monotonic()
+        try:
+            multihost.get_barrier_sync_fn(processes=_processes())(key=key, timeout_ms=int(self._timeout_s * 1000))
+        except jax.errors.JaxRuntimeError as error:
+            raise CheckpointError(
+                f"process {jax.process_index()} waited {time.monotonic() - begin:.0f} s for the others at {where!r} "
+                f"of a checkpoint in {self.folder}: one of them is dead, late or refused to save (see its log): {error}"
+            ) from error
+
+
+def _processes() -> set[int] | None:
+    return set(range(jax.process_count())) if jax.process_count() > 1 else None
+
+
+def _is_primary() -> bool:
+    return jax.process_index() == 0
+
+
+def _as_json(document: Mapping[str, Any]) -> str:
     try:
-        _write(temporary, step, tree, metadata)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CheckpointError(_disk_full(folder, step)) from error
-        raise
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _publish(temporary, final)
-    for old in _newest_first(folder)[keep:]:
-        _remove(old)
-    return final
+        return json.dumps(document)
+    except TypeError as error:
+        raise TypeError(f"the metadata of the checkpoint is not JSON: {error}") from error
 
 
 def latest(folder: str | os.PathLike[str]) -> Checkpoint | None:
@@ -90,13 +224,13 @@ def latest(folder: str | os.PathLike[str]) -> Checkpoint | None:
 
     Raises CheckpointError when checkpoints exist and every one is damaged: starting over silently would lose the run.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     if not folder.is_dir():
         return None
-    paths = _newest_first(folder)
+    paths = on_disk.newest_first(folder)
     for path in paths:
         try:
-            return _open(path)
+            return on_disk.open_whole(path)
         except (CheckpointError, OSError) as error:
             logger.warning("checkpoint %s is damaged and not used: %s", path, error)
     if paths:
@@ -107,189 +241,28 @@ def latest(folder: str | os.PathLike[str]) -> Checkpoint | None:
     return None
 
 
-def restore(checkpoint: Checkpoint, *, like: Any) -> Any:
+def restore(checkpoint: Checkpoint, *, like: Any, data_iterator: Any = None) -> Any:
     """The saved tree, with the structure of `like`; its leaves say what is expected.
 
     An array leaf must agree in shape and dtype; where `like` holds a jax.Array or jax.ShapeDtypeStruct the result is a
-    jax.Array (with its sharding), else NumPy; Python scalars come back as themselves.
-    Raises CheckpointError naming every leaf that is missing, unexpected or different.
+    jax.Array on its sharding (of which a process reads its own shards), else NumPy; Python scalars come back as themselves.
+    `data_iterator` is set to the state it was saved with. Raises CheckpointError naming every leaf that is missing,
+    unexpected or different, or when no state of an iterator was saved by as many processes.
     """
     wanted, structure = jax.tree_util.tree_flatten_with_path(like)
-    paths = [jax.tree_util.keystr(path) for path, _ in wanted]
-    problems = [f"{path} is not in the checkpoint" for path in paths if path not in checkpoint.leaves]
-    problems += [f"{path} is in the checkpoint only" for path in checkpoint.leaves if path not in set(paths)]
-    arrays = read_safetensors(checkpoint.folder / ARRAYS_FILE)
-    leaves = []
-    for path, (_, leaf) in zip(paths, wanted, strict=True):
-        if path in checkpoint.leaves:
-            problem = _difference(checkpoint.leaves[path], arrays.get(path), leaf)
-            problems += [f"{path} {problem}"] if problem else []
-            leaves.append(None if problem else _from_stored(checkpoint.leaves[path], arrays.get(path), leaf))
+    named = [(jax.tree_util.keystr(path), leaf) for path, leaf in wanted]
+    paths = {path for path, _ in named}
+    problems = [f"{path} is not in the checkpoint" for path, _ in named if path not in checkpoint.leaves]
+    problems += [f"{path} is in the checkpoint only" for path in checkpoint.leaves if path not in paths]
+    problems += [
+        f"{path} {problem}"
+        for path, leaf in named
+        if path in checkpoint.leaves and (problem := difference(checkpoint.leaves[path], leaf))
+    ]
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise CheckpointError(f"{checkpoint.folder} does not fit the tree to restore: {shown}")
+    leaves = read_leaves(checkpoint, named)
+    if data_iterator is not None:
+        restore_iterator(checkpoint, data_iterator)
     return jax.tree_util.tree_unflatten(structure, leaves)
-
-
-def _write(temporary: Path, step: int, tree: Any, metadata: Mapping[str, Any] | None) -> None:
-    temporary.mkdir()
-    leaves: dict[str, dict[str, Any]] = {}
-    arrays: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name = jax.tree_util.keystr(path)
-        leaves[name], array = _to_stored(name, leaf)
-        if array is not None:
-            arrays[name] = array
-    arrays_sha256 = write_safetensors(temporary / ARRAYS_FILE, arrays)
-    body = {
-        "format": FORMAT,
-        "step": step,
-        "metadata": _through_json(metadata or {}),
-        "arrays_sha256": arrays_sha256,
-        "leaves": leaves,
-    }
-    text = json.dumps({"sha256": _sha256_of(body), "body": body}, indent=1)
-    with open(temporary / METADATA_FILE, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync_folder(temporary)
-
-
-def _through_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What reading will give: the digest must be of that (JSON turns integer keys into strings, tuples into lists)."""
-    try:
-        return json.loads(json.dumps(dict(metadata)))
-    except TypeError as error:
-        raise TypeError(f"the metadata of the checkpoint is not JSON: {error}") from error
-
-
-def _to_stored(name: str, leaf: Any) -> tuple[dict[str, Any], Any]:
-    """(what metadata.json says of a leaf, its array or None)."""
-    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return {"kind": "key", "dtype": str(leaf.dtype), "impl": str(jax.random.key_impl(leaf))}, jax.random.key_data(leaf)
-    if isinstance(leaf, jax.Array | np.ndarray | np.generic):
-        return {"kind": "array"}, leaf
-    if isinstance(leaf, bool | int | float | str):
-        return {"kind": type(leaf).__name__, "value": leaf}, None
-    raise TypeError(f"leaf {name} is a {type(leaf).__name__}; a checkpoint holds arrays, PRNG keys and Python scalars")
-
-
-def _from_stored(row: Mapping[str, Any], array: np.ndarray | None, like: Any) -> Any:
-    if array is None:
-        return row["value"]
-    if row["kind"] == "key":
-        return jax.random.wrap_key_data(jnp.array(array), impl=row["impl"])
-    if isinstance(like, jax.Array | jax.ShapeDtypeStruct):
-        sharding = like.sharding
-        # On one device the array stays uncommitted, as fresh ones are: a committed one could not meet other devices'.
-        several = sharding is not None and len(sharding.device_set) > 1
-        return jax.device_put(np.array(array), sharding) if several else jnp.array(array)
-    return array[()].copy() if isinstance(like, np.generic) else np.array(array)
-
-
-def _difference(row: Mapping[str, Any], array: np.ndarray | None, like: Any) -> str | None:
-    """Why a stored leaf cannot take the place of `like`, or None."""
-    if array is None and row["kind"] in ("array", "key"):
-        return f"has no array in {ARRAYS_FILE}"
-    is_key = hasattr(like, "dtype") and jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key)
-    wanted = "key" if is_key else "array" if hasattr(like, "dtype") else type(like).__name__
-    if row["kind"] != wanted:
-        return f"is stored as {row['kind']}, expected {wanted}"
-    if wanted == "key":
-        return None if row["dtype"] == str(like.dtype) else f"is a {row['dtype']}, expected {like.dtype}"
-    if wanted == "array" and array is not None and (array.shape, array.dtype) != (like.shape, np.dtype(like.dtype)):
-        return f"is {array.dtype}{list(array.shape)}, expected {like.dtype}{list(like.shape)}"
-    return None
-
-
-def _open(path: Path) -> Checkpoint:
-    """The checkpoint at `path`, every byte verified. Raises CheckpointError with the reason, or OSError."""
-    try:
-        document = json.loads((path / METADATA_FILE).read_text(encoding="utf-8"))
-        body = document["body"]
-        if document["sha256"] != _sha256_of(body):
-            raise CheckpointError(f"{METADATA_FILE} does not carry its own SHA-256")
-        if body["format"] != FORMAT:
-            raise CheckpointError(f"its format is {body['format']!r}, this version reads {FORMAT!r}")
-        with open(path / ARRAYS_FILE, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != body["arrays_sha256"]:
-            raise CheckpointError(f"{ARRAYS_FILE} has SHA-256 {found[:12]}, expected {body['arrays_sha256'][:12]}")
-        read_safetensors(path / ARRAYS_FILE)
-        return Checkpoint(path, body["step"], body["metadata"], body["leaves"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, SafetensorsError) as error:
-        raise CheckpointError(f"{METADATA_FILE} or {ARRAYS_FILE} is unreadable: {error!r}") from error
-
-
-def _sha256_of(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    found = [(int(match[2]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]  # ".aside-step-N" sorts below its successor "step-N"
-
-
-def _refuse_or_drop_later(folder: Path, step: int) -> None:
-    """A resumed run moves forward: what lies ahead of it is either damaged (dropped) or another run's (refused)."""
-    for path in _newest_first(folder):
-        if path.name <= f"step-{step:012d}":
-            return
-        try:
-            _open(path)
-        except (CheckpointError, OSError) as error:
-            logger.warning("damaged checkpoint %s is removed, step %d takes over: %s", path, step, error)
-            _remove(path)
-        else:
-            raise CheckpointError(
-                f"cannot save step {step}: {path} is later. Resume from it, or delete the checkpoints after step {step}"
-            )
-
-
-def _publish(temporary: Path, final: Path) -> None:
-    """Give a complete folder its name; one of the same name is set aside first and removed last."""
-    aside = final.with_name(_ASIDE + final.name)
-    if final.exists():
-        final.rename(aside)
-    temporary.rename(final)
-    _sync_folder(final.parent)
-    if aside.exists():
-        _remove(aside)
-
-
-def _clean_up(folder: Path) -> None:
-    """Finish or undo what a killed `save` left half done (the writer only: a reader changes nothing)."""
-    for path in list(folder.iterdir()):
-        final = folder / path.name.removeprefix(_ASIDE)
-        if path.name.startswith((_TEMPORARY, _REMOVING)):
-            shutil.rmtree(path)
-        elif path.name.startswith(_ASIDE) and final.exists():
-            _remove(path)
-        elif path.name.startswith(_ASIDE):
-            path.rename(final)
-
-
-def _remove(path: Path) -> None:
-    """Renamed before it is emptied, so that no kill leaves half a folder under a checkpoint's name."""
-    doomed = path.with_name(_REMOVING + path.name.removeprefix(_ASIDE))
-    shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _disk_full(folder: Path, step: int) -> str:
-    before = _newest_first(folder)
-    kept = f"{before[0].name} is untouched" if before else "there is no earlier one"
-    return (
-        f"no space left on the disk of {folder} while writing the checkpoint of step {step} "
-        f"({shutil.disk_usage(folder).free / 2**20:.0f} MiB free); {kept}. Free some space, then resume the run"
-    )

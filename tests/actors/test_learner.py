@@ -73,6 +73,7 @@ def test_training_continues_exactly(tmp_path: Path, killed_at: int) -> None:
     first = Learner()
     first.begin(job)
     first.train([text_batch(step) for step in range(killed_at)])
+    first.wait_for_checkpoints()
     second = Learner()
     assert second.begin(job) == 4
     assert second.train([text_batch(step) for step in range(4, 8)]) == expected[4:]
@@ -87,6 +88,7 @@ def test_a_finished_job_has_nothing_left(tmp_path: Path) -> None:
     learner.begin(job)
     learner.train([text_batch(step) for step in range(4)])
     result = learned(learner)
+    learner.wait_for_checkpoints()
     assert Learner().begin(job) == 4
     other = dataclasses.replace(job, task="other", checkpoint_folder=str(tmp_path / "other"))
     assert learner.begin(other) == 0
@@ -274,6 +276,7 @@ def test_mdloo_continues_exactly(tmp_path: Path, folders: dict[str, str]) -> Non
     first.begin(job)
     for i in range(2):
         first.update_mdloo(i, groups(i), SETTINGS)
+    first.wait_for_checkpoints()
     second = Learner()
     assert second.begin(job) == 2
     assert [second.update_mdloo(i, groups(i), SETTINGS) for i in (2, 3)] == expected[2:]

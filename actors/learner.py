@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from actors.artifacts import load_artifact, save_artifact
 from actors.jobs import AdapterSpec, HeldOut, LearnerSetup, MdlooSettings, TrainingJob
@@ -294,13 +295,15 @@ class Learner:
             params, config = prune(params["model"], params["scores"], k=k), config.replace(ffn_dim=k)
         if jax.process_index() == 0:
             save_artifact(Path(folder), params, config, adapter=job.adapter, tokenizer_folder=tokenizer_folder)
+        if jax.process_count() > 1:  # the others may read the folder next
+            multihost_utils.sync_global_devices(f"export of {job.task}")
 
     def _restore(self) -> int:
         job = self._require_job()
         if self._checkpoints is not None:
             self._checkpoints.close()
         self._checkpoints = checkpoint.Checkpoints(job.checkpoint_folder)
-        found = checkpoint.latest(job.checkpoint_folder)
+        found = self._checkpoints.latest()
         if found is None:
             return 0
         if found.metadata["task"] != job.task:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import jax
+
 from actors.jobs import LearnerSetup, TrainingJob
 from actors.learner import Learner
 from actors.metrics import Metrics
@@ -64,7 +66,7 @@ class PhaseResult:
 def run_pretraining(
     plan: PretrainPlan, metrics: Metrics, *, report: Callable[[PhaseResult], None] | None = None
 ) -> list[PhaseResult]:
-    """Run every phase; `report` hears of each one that ends."""
+    """Run every phase; `report` hears of each one that ends. Of several processes the first keeps the records."""
     learner = Learner(plan.learner)
     corpora = {name: _open(plan, name) for name in plan.domains}
     held_out = held_out_rows(
@@ -79,10 +81,11 @@ def run_pretraining(
             result = PhaseResult(**json.loads(done.read_text()))
         else:
             result = _run_phase(plan, phase, learner, corpora, held_out, metrics)
-            temporary = done.with_suffix(".tmp")
-            temporary.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(asdict(result)))
-            temporary.replace(done)
+            if jax.process_index() == 0:
+                temporary = done.with_suffix(".tmp")
+                temporary.parent.mkdir(parents=True, exist_ok=True)
+                temporary.write_text(json.dumps(asdict(result)))
+                temporary.replace(done)
         results.append(result)
         if report is not None:
             report(result)
@@ -120,10 +123,12 @@ def _run_phase(
         for first in range(start, phase.steps, STEPS_PER_CALL):
             steps = range(first, min(first + STEPS_PER_CALL, phase.steps))
             measured = learner.train([batches(step) for step in steps])
-            for step, values in zip(steps, measured, strict=True):
+            for step, values in zip(steps, measured, strict=True) if jax.process_index() == 0 else ():
                 metrics.log(stage=plan.stage, task=phase.job.task, step=step, values=values)
     finally:
         learner.wait_for_checkpoints()  # a run that is interrupted in order keeps what it began to write
     learner.export(phase.export, plan.tokenizer_folder)
+    if jax.process_index() == 0:
+        metrics.log(stage="goodput", task=phase.job.task, step=phase.steps, values=learner.goodput())
     tokens = phase.steps * phase.batch * phase.sequence_length
     return PhaseResult(phase.name, {name: of.loss for name, of in learner.held_out(held_out).items()}, tokens)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from topologies.strict import Count, Fraction, PositiveOrZero, Strict, problem
+from topologies.strict import Count, CountOrZero, Fraction, Positive, PositiveOrZero, Strict, problem
 
 
 class Mesh(Strict):
@@ -31,13 +31,26 @@ class Role(Strict):
     num_gpus: PositiveOrZero = 0.0
 
 
-class Learner(Strict):
-    """The learner: one group of processes on one mesh."""
+class TpuSlices(Strict):
+    """Whole TPU slices, as Ray names them: topology "4x4" of version "v6e", `count` of them."""
 
-    processes: Count = 1
+    topology: str
+    version: str
+    count: Count = 1
+
+
+class Learner(Strict):
+    """The learner: one group of processes on one mesh, that live and die together."""
+
+    processes: Count = 1  # GPU: one per node or per device, by num_gpus; TPU: one per host of the slices
     mesh: Mesh = Mesh()
     num_cpus: PositiveOrZero = 0.5
     num_gpus: PositiveOrZero = 0.0
+    tpu: TpuSlices | None = None
+    spread: Literal["pack", "one_per_node"] = "pack"
+    heartbeat_s: Annotated[float, Field(ge=1)] = 10.0  # a process that gives no sign of life for so long is lost
+    max_restarts: CountOrZero = 3  # of the group, without a new checkpoint in between
+    start_deadline_s: Positive = 120.0
 
     @model_validator(mode="after")
     def _check(self) -> Learner:
@@ -49,6 +62,11 @@ class Learner(Strict):
     @property
     def replicas(self) -> int:
         return self.processes
+
+    @property
+    def accelerator(self) -> Literal["cpu", "gpu", "tpu"]:
+        """What it runs on, by what it asks for."""
+        return "tpu" if self.tpu is not None else "gpu" if self.num_gpus > 0 else "cpu"
 
     @property
     def devices_per_process(self) -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.annotator import Annotator
+from actors.group import GroupSpec, start_group
 from actors.host import ActorStats, DeadlineError, Handle, Host, InlineHandle, RayHandle, gather
 from actors.jobs import LearnerSetup
 from actors.learner import Learner
@@ -133,6 +134,26 @@ def learner_setup(topology: Topology) -> LearnerSetup:
     )
 
 
+def group_spec(topology: Topology) -> GroupSpec:
+    """The processes of the learner, as Ray is asked for them."""
+    learner = topology.actors.learner
+    tpu = learner.tpu
+    return GroupSpec(
+        processes=learner.processes,
+        devices_per_process=learner.devices_per_process,
+        num_cpus=learner.num_cpus,
+        num_gpus=learner.num_gpus,
+        heartbeat_s=learner.heartbeat_s,
+        max_restarts=learner.max_restarts,
+        start_deadline_s=learner.start_deadline_s,
+        accelerator=learner.accelerator,
+        spread=learner.spread,
+        tpu_topology=tpu.topology if tpu else None,
+        tpu_version=tpu.version if tpu else None,
+        tpu_slices=tpu.count if tpu else 1,
+    )
+
+
 def _group_size(topology: Topology) -> int:
     return topology.stage("quantize").group_size if "quantize" in topology.stage_names else PAPER_GROUP_SIZE
 
@@ -148,9 +169,13 @@ def start(topology: Topology) -> Iterator[System]:
 
     dashboard = _connect(topology)
     try:
-        handles = {role: [_ray_actor(d) for d in ds] for role, ds in declarations.items()}
+        [learner] = declarations.pop("learner")
+        group = start_group(learner.name, learner.role, learner.kwargs, group_spec(topology))
+        handles: dict[str, list[Any]] = {role: [_ray_actor(d) for d in ds] for role, ds in declarations.items()}
+        handles["learner"] = [group]
         _await_placement([h for hs in handles.values() for h in hs])
         yield _system(handles, dashboard, topology.launcher)
+        group.close()
     finally:
         ray.shutdown()
 
@@ -209,7 +234,7 @@ def _connect(topology: Topology) -> str | None:
     return f"http://{context.dashboard_url}" if context.dashboard_url else None
 
 
-def _await_placement(handles: list[RayHandle]) -> None:
+def _await_placement(handles: list[Handle]) -> None:
     """Every actor answers, or the launch fails with the names of those that cannot be placed."""
     for handle in handles:
         try:

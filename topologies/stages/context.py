@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from actors.group import GroupHandle, GroupRestartedError
 from actors.host import Handle, call, gather, spread
 from actors.jobs import TrainingJob
 from actors.metrics import Metrics
@@ -34,6 +34,8 @@ from topologies.schema import Topology
 from topologies.system import System
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: Optimizer steps handed to the learner in one call: few enough that a progress bar moves, enough to hide the call.
 STEPS_PER_CALL = 10
@@ -134,25 +136,45 @@ class Context:
         `batches(step)` must be a pure function of the step: a resumed job asks again for the steps after its checkpoint.
         """
 
-        def work() -> None:
-            learner = self.system.learner
-            start = call(learner, "begin", job)
+        def from_step(start: int) -> None:
             with self.progress.task(job.task, total=steps, done=start) as bar:
                 for first in range(start, steps, STEPS_PER_CALL):
                     chunk = range(first, min(first + STEPS_PER_CALL, steps))
-                    chunk_batches = [batches(step) for step in chunk]
-                    begin = time.perf_counter()
-                    rows = call(learner, "train", chunk_batches)
-                    speed = sum(b["tokens_BT"].size for b in chunk_batches) / (time.perf_counter() - begin)
+                    rows = call(self.system.learner, "train", [batches(step) for step in chunk])
                     for step, row in zip(chunk, rows, strict=True):
-                        values = {**row, "tokens_per_s": speed}
-                        self.metrics.log(stage=stage, task=job.task, step=step, values=values)
+                        self.metrics.log(stage=stage, task=job.task, step=step, values=row)
                     bar.advance(len(chunk))
             self.export(job, policy)
+            self.log_goodput(job, step=steps)
 
-        self.once(f"train/{job.task}", work)
+        self.once(f"train/{job.task}", lambda: self.on_learner(job, from_step))
         # The exported policy is journalled: its checkpoints have served.
         shutil.rmtree(self.checkpoints(job.task), ignore_errors=True)
+
+    def on_learner(self, job: TrainingJob, work: Callable[[int], T]) -> T:
+        """`work(step)` with the job begun, `step` being where its newest checkpoint is; again whenever the learner was lost.
+
+        A learner that loses a process is built anew without its state. Its budget of restarts is whole again once a later
+        checkpoint was reached.
+        """
+        learner, reached = self.system.learner, 0
+        while True:
+            try:
+                start = call(learner, "begin", job)
+                if isinstance(learner, GroupHandle) and start > reached:
+                    learner.progressed()
+                reached = start
+                return work(start)
+            except GroupRestartedError as error:
+                log.warning("%s", error)
+                self.progress.say(f"  {error}")
+
+    def log_goodput(self, job: TrainingJob, *, step: int) -> None:
+        """Where the job's time went, as metrics of their own (`afm_rl/goodput.py`)."""
+        learner = self.system.learner
+        values = call(learner, "goodput")
+        restart_s = learner.restart_seconds if isinstance(learner, GroupHandle) else 0.0
+        self.metrics.log(stage="goodput", task=job.task, step=step, values={**values, "restart_s": restart_s})
 
     def export(self, job: TrainingJob, policy: Policy) -> None:
         """Write what the learner trained as `policy`'s folder."""

@@ -84,8 +84,7 @@ def _train_on_preferences(
     if ctx.journal.done(f"train/{job.task}"):
         return
     rows = preference_rows(ctx.tokenizer, preferences, length=options.sequence_length)
-    call(ctx.system.learner, "begin", job)
-    rows["ref_logp_B"] = _reference_logps(ctx, rows)
+    rows["ref_logp_B"] = ctx.on_learner(job, lambda _: _reference_logps(ctx, rows))
     batch = min(options.batch, len(preferences))
     ctx.train(job, stage="itec", policy=policy, steps=options.steps, batches=pair_batches(rows, batch=batch, seed=ctx.seed))
 

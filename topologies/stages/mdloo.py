@@ -53,15 +53,18 @@ def train_mdloo(
         seed=ctx.seed,
     )
 
-    def work() -> None:
-        spec = RewardSpec(str(ctx.tokenizer_folder), str(reward_model.folder), options.reward.model_dump())
-        gather([handle.submit("load", spec) for handle in ctx.system.rewards])
-        first = call(ctx.system.learner, "begin", job)
+    def from_iteration(first: int) -> None:
         with ctx.progress.task(policy.name, total=options.iterations, done=first) as bar:
             for iteration in range(first, options.iterations):
                 _iterate(ctx, options, iteration, stage=stage, start=start, policy=policy)
                 bar.advance(1)
         ctx.export(job, policy)
+        ctx.log_goodput(job, step=options.iterations)
+
+    def work() -> None:
+        spec = RewardSpec(str(ctx.tokenizer_folder), str(reward_model.folder), options.reward.model_dump())
+        gather([handle.submit("load", spec) for handle in ctx.system.rewards])
+        ctx.on_learner(job, from_iteration)
         call(ctx.system.store, "forget", policy.name)
 
     ctx.once(f"train/{policy.name}", work)

@@ -28,7 +28,7 @@ from topologies.report_data import Curve, Figure, StageResult, Table
 from topologies.stage_options import Phase, PretrainStage
 from topologies.stages.context import Context, Policy
 from topologies.stages.measure import percent
-from topologies.system import learner_setup
+from topologies.system import group_spec, learner_setup
 
 STAGE = "pretrain"
 #: Characters of a needle case per token of the long length: leaves room for the question and the answer.
@@ -149,27 +149,19 @@ def _train(ctx: Context, plan: PretrainPlan) -> list[PhaseResult]:
 
 def _under_ray_train(ctx: Context, plan: PretrainPlan, bar: Any) -> list[PhaseResult]:
     """One JaxTrainer run over all phases. Its worker writes the metrics; this process follows them for the bar."""
-    from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.v2.jax import JaxTrainer
+    from actors.jax_train import fit
 
-    learner = ctx.topology.actors.learner
-    trainer = JaxTrainer(
-        _worker,
-        train_loop_config={"plan": plan, "metrics": str(ctx.run.metrics)},
-        scaling_config=ScalingConfig(
-            num_workers=learner.processes, resources_per_worker={"CPU": learner.num_cpus}, placement_strategy="PACK"
-        ),
-        run_config=RunConfig(
-            name=f"{ctx.topology.name}-pretrain",
-            storage_path=str(ctx.run.path / "ray_train"),
-            failure_config=FailureConfig(max_failures=2, controller_failure_limit=0),
-        ),
-    )
     stop = threading.Event()
     follower = threading.Thread(target=_follow, args=(ctx.run.metrics / f"{STAGE}.jsonl", bar, stop), daemon=True)
     follower.start()
     try:
-        trainer.fit()
+        fit(
+            _worker,
+            {"plan": plan, "metrics": str(ctx.run.metrics)},
+            spec=group_spec(ctx.topology),
+            name=f"{ctx.topology.name}-pretrain",
+            storage_path=str(ctx.run.path / "ray_train"),
+        )
     finally:
         stop.set()
         follower.join(timeout=5.0)

@@ -199,8 +199,8 @@ def _measured(ctx: Context, policy: Policy) -> dict[str, list[float]]:
             checkpoint_folder=str(ctx.checkpoints(f"measure-{policy.name}")),
             init=str(policy.folder),
         )
-        call(ctx.system.learner, "begin", job)
-        return {name: [of.loss, of.accuracy] for name, of in call(ctx.system.learner, "held_out", rows).items()}
+        held_out = ctx.on_learner(job, lambda _: call(ctx.system.learner, "held_out", rows))
+        return {name: [of.loss, of.accuracy] for name, of in held_out.items()}
 
     return ctx.once(f"losses/{policy.name}", work)
 

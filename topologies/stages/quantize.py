@@ -172,8 +172,8 @@ def _fisher(ctx: Context, options: QuantizeStage, source: Policy) -> dict[str, n
     batches = supervised_batches(
         ctx.tokenizer, post_training_data(ctx), length=length, batch=SENSITIVITY_BATCH, seed=ctx.seed
     )
-    call(ctx.system.learner, "begin", job)
-    return call(ctx.system.learner, "fisher", [batches(step) for step in range(options.sensitivity_batches)])
+    measured_on = [batches(step) for step in range(options.sensitivity_batches)]
+    return ctx.on_learner(job, lambda _: call(ctx.system.learner, "fisher", measured_on))
 
 
 def _candidates(

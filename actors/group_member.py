@@ -106,7 +106,15 @@ def identity() -> Process:
     """This process."""
     import ray
 
-    return Process(ray.get_runtime_context().get_node_id(), os.getpid(), _started(os.getpid()) or 0)
+    return identity_of(ray.get_runtime_context().get_node_id(), os.getpid())
+
+
+def identity_of(node_id: str, pid: int) -> Process:
+    """A living process of this node. Raises ProcessLookupError when there is none."""
+    started = _started(pid)
+    if started is None:
+        raise ProcessLookupError(f"no process {pid} on this node")
+    return Process(node_id, pid, started)
 
 
 def join_mesh(coordinator: str, *, rank: int, processes: int, heartbeat_s: float, deadline_s: float) -> None:

@@ -2,7 +2,8 @@
 
 Ray 2.60's `JaxConfig` forms no mesh on CPU, and says nothing; it names the same GPU to every worker of a node. This one
 joins on both with our heartbeat, and leaves TPU slices to Ray's own. A worker that freezes is noticed through Ray Train's
-health check within `heartbeat_s` and ended at once; the whole worker group restarts, and the run resumes from its own checkpoints.
+health check within `heartbeat_s` and ended at once; the whole worker group restarts, and the run resumes from its own
+checkpoints.
 
 Private to Ray 2.60 (the pin in pyproject.toml): `ray.train.v2.jax.config._JaxBackend` and the `worker_group` passed to a
 backend's hooks. Not run: GPU and TPU.
@@ -122,7 +123,8 @@ def scaling(spec: GroupSpec) -> ScalingConfig:
 def health_checks(spec: GroupSpec) -> dict[str, str]:
     """Ray Train's settings that notice a frozen worker within the heartbeat.
 
-    Its controller starts a check every interval and looks at a hanging one as often; it gets them from the driver's environment.
+    Its controller starts a check every interval and looks at a hanging one as often. They are read from its environment,
+    which Ray Train copies from the driver's.
     """
     interval_s = spec.heartbeat_s / CHECKS
     return {

@@ -1,10 +1,18 @@
-"""The one product of every projection of the model; it dispatches on what the weight is: plain, LoRA, palettized."""
+"""The one product of every projection of the model; it dispatches on what the weight is: plain, LoRA, palettized.
+
+All three products of a projection (forward, input gradient, weight gradient) take both operands in the activations' type
+and accumulate in float32. For bfloat16 this is what the CPU's and accelerators' matrix units compute, and XLA uses its
+bfloat16 kernels on CPU for no other form: a product typed bfloat16 throughout, or one of a float32 cotangent with bfloat16
+operands (what JAX would derive), runs in float32 there. The gradient of a float32 master weight is float32, not a rounded
+bfloat16.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from afm_rl.lora import LoraWeight
 from afm_rl.quantized import PalettizedWeight
@@ -17,4 +25,36 @@ def dense(x: jax.Array, weight: Any) -> jax.Array:
         return dense(x, weight.base) + (weight.scale * low_rank).astype(x.dtype)
     if isinstance(weight, PalettizedWeight):
         weight = weight.dequantize()
-    return jax.lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+    return _product(x, weight)
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x[..., in] @ weight[out, in]^T in x's type."""
+    return _dot(x, weight.astype(x.dtype), ((x.ndim - 1,), (1,)), x.dtype)
+
+
+def _forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(x, weight), (x, weight)
+
+
+def _backward(kept: tuple[jax.Array, jax.Array], out_gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, weight = kept
+    x_gradient = _dot(out_gradient, weight.astype(x.dtype), ((x.ndim - 1,), (0,)), x.dtype)
+    if x.ndim == 2 and x.shape[0] % _TOKENS_PER_ROW == 0:
+        x = x.reshape(-1, _TOKENS_PER_ROW, x.shape[-1])
+        out_gradient = out_gradient.reshape(-1, _TOKENS_PER_ROW, out_gradient.shape[-1])
+    tokens = tuple(range(x.ndim - 1))
+    return x_gradient, _dot(out_gradient, x, (tokens, tokens), weight.dtype)
+
+
+_product.defvjp(_forward, _backward)
+
+#: Two contracted axes make XLA transpose the cotangent in memory before it multiplies; with one it folds the transpose
+#: into the product, for which its CPU library has no kernel (less than half the speed).
+_TOKENS_PER_ROW = 128
+
+
+def _dot(a: jax.Array, b: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]], dtype: Any) -> jax.Array:
+    accumulator = jnp.promote_types(a.dtype, jnp.float32)
+    return jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=accumulator).astype(dtype)

@@ -53,6 +53,8 @@ def splash_problem(*, dtype: Any, H: int, T: int, S: int, platform: str) -> str 
     """Why splash cannot attend from T to S tokens of head dim H on `platform`, or None if it can."""
     if platform != "tpu":
         return f"splash needs a TPU and this is {platform}"
+    if jax.config.jax_enable_x64:
+        return "splash does not compile under jax_enable_x64"
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"splash takes bfloat16 and float32, not {jnp.dtype(dtype).name}"
     if H % 128:

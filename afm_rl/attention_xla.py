@@ -1,8 +1,9 @@
 """Causal grouped-query attention in plain jax.numpy: runs on every backend, and is what the kernels are compared with.
 
-Up to ONE_SHOT_LENGTH keys the scores are one array. Beyond, the queries are cut into chunks of QUERY_CHUNK and the backward
-pass computes each chunk's scores again, so that memory grows as B N QUERY_CHUNK S and not as B N T S. The chunks form at
-most MAX_KEY_EXTENTS groups; a group reads the keys up to its own end only, which saves nearly half of the products.
+Up to ONE_SHOT_LENGTH keys the scores are one array. Beyond, the queries go through in chunks of QUERY_CHUNK, one at a time,
+and the backward pass computes each chunk's scores again: memory grows as B N QUERY_CHUNK S and not as B N T S. The chunks
+of a whole sequence form KEY_EXTENTS groups, and a group reads the keys up to its own end only, which leaves 5/8 of the
+products. A shard of a sequence is one group: its place, and so how far it reads, is not known when compiling.
 
 Shapes: B batch, T query time, S key time, N query heads, K kv heads, M query heads per kv head, H head dim, C chunks.
 """
@@ -19,10 +20,11 @@ MASKED = -1e30
 ONE_SHOT_LENGTH = 1024
 
 #: Queries whose scores are in memory at the same time, beyond ONE_SHOT_LENGTH keys.
-QUERY_CHUNK = 512
+QUERY_CHUNK = 128
 
-#: Unrolled groups of chunks, each with its own static number of keys: bounds the size of the program at long context.
-MAX_KEY_EXTENTS = 8
+#: Groups of chunks, each compiled for its own number of keys. More save products (a share of 1/2 + 1/2n is left of them),
+#: but are compiled one by one, and XLA keeps some of the chunks of several in memory together.
+KEY_EXTENTS = 4
 
 
 def xla_attention(
@@ -41,7 +43,8 @@ def xla_attention(
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     if S <= ONE_SHOT_LENGTH:
         return _one_shot(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, offset)
-    group = QUERY_CHUNK * -(-T // (QUERY_CHUNK * MAX_KEY_EXTENTS))
+    groups = KEY_EXTENTS if isinstance(offset, int) else 1
+    group = QUERY_CHUNK * -(-T // (QUERY_CHUNK * groups))
     outs = []
     for start in range(0, T, group):
         end = min(start + group, T)

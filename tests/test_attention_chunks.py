@@ -39,7 +39,7 @@ def with_gradients(arrays: list[jax.Array], segments: jax.Array | None, **option
     return jax.jit(run)(*qkv)
 
 
-@pytest.mark.parametrize(("T", "packed", "offset"), [(40, False, 0), (67, True, 0), (67, True, np.int32(0))])
+@pytest.mark.parametrize(("T", "packed", "offset"), [(67, True, 0), (40, False, np.int32(0))])
 def test_chunks_give_the_outputs_and_gradients_of_one_shot(
     monkeypatch: pytest.MonkeyPatch, T: int, packed: bool, offset: Any
 ) -> None:
@@ -55,7 +55,7 @@ def test_chunks_give_the_outputs_and_gradients_of_one_shot(
 
 
 def test_memory_at_4096_tokens_is_far_below_the_scores() -> None:
-    """Guards the reason of the chunks: one array of scores alone would be 16 times what forward and backward take."""
+    """Guards the reason of the chunks: the array of scores alone is 5 times what forward and backward take."""
     T, heads = 4096, 8
     q, k = (jax.ShapeDtypeStruct((1, T, n, 8), jnp.float32) for n in (heads, 2))
 
@@ -63,5 +63,4 @@ def test_memory_at_4096_tokens_is_far_below_the_scores() -> None:
         return causal_attention(q, k, v).sum()
 
     compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(q, k, k).compile()
-    print(compiled.memory_analysis().temp_size_in_bytes, heads * T * T * 4)
-    assert compiled.memory_analysis().temp_size_in_bytes * 4 < heads * T * T * 4
+    assert compiled.memory_analysis().temp_size_in_bytes * 5 < heads * T * T * 4

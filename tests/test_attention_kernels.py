@@ -13,7 +13,8 @@ from afm_rl.attention import causal_attention, chosen_implementation
 from afm_rl.attention_kernels import cudnn_attention, splash_attention, splash_kernel
 from afm_rl.attention_xla import xla_attention
 
-SPLASH_SHAPE = {"B": 2, "T": 256, "N": 4, "K": 2, "H": 128}
+#: Three blocks of 128 each way.
+SPLASH_SHAPE = {"B": 2, "T": 384, "N": 2, "K": 1, "H": 128}
 
 
 def shapes(T: int = 256, H: int = 128, dtype: Any = jnp.bfloat16, N: int = 4, K: int = 2) -> list[jax.ShapeDtypeStruct]:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 PROGRAM = Path(__file__).with_name("mesh_attention_program.py")
+FAST_MESHES = ("2x2x2x1", "1x1x8x1", "1x1x4x2", "2x1x2x2")
 MESHES = ("1x8x1x1", "2x2x2x1", "1x2x2x2", "1x1x8x1", "1x1x4x2", "2x1x2x2")
 
 
@@ -38,13 +39,13 @@ def slow_facts() -> dict[str, Any]:
     return measured("slow")
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_packed_documents_on_every_mesh(facts: dict[str, Any], mesh: str) -> None:
+@pytest.mark.parametrize("mesh", FAST_MESHES)
+def test_packed_documents_on_a_mesh(facts: dict[str, Any], mesh: str) -> None:
     """Guards the shard's offset in the causal mask, the gathered segments, and the sum of the key and value gradients."""
     assert facts["packed"][mesh]["difference"] < 1e-14
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", FAST_MESHES)
 def test_the_output_is_cut_like_the_activations(facts: dict[str, Any], mesh: str) -> None:
     """Guards the specs: batch over data and fsdp, time over seq, heads over tensor."""
     data, fsdp, seq, tensor = (int(size) for size in mesh.split("x"))
@@ -52,7 +53,7 @@ def test_the_output_is_cut_like_the_activations(facts: dict[str, Any], mesh: str
 
 
 def test_only_keys_and_values_are_gathered(facts: dict[str, Any]) -> None:
-    """Guards the choice: [1, 1024, 2 kv heads, 16] is gathered, queries (4 heads) stay, and a device has its own scores only."""
+    """Guards the choice: [1, 1024, 2 kv heads, 16] is gathered, queries (4 heads) stay, and a device has its own scores."""
     compiled = facts["compiled"]["1x1x8x1"]
     assert compiled["gathered"] == [[1, 1024, 2, 16]]
     assert compiled["other_collectives"] == []
@@ -65,7 +66,7 @@ def test_memory_shrinks_with_the_sequence_axis(facts: dict[str, Any]) -> None:
     assert eight * 5 < one
 
 
-@pytest.mark.parametrize(("case", "parts"), [("batch", [1, 2, 1, 1]), ("time", [2, 1, 2, 1]), ("heads", [2, 2, 1, 1])])
+@pytest.mark.parametrize(("case", "parts"), [("batch and heads", [1, 2, 1, 1]), ("time", [2, 1, 2, 1])])
 def test_what_does_not_divide_stays_whole(facts: dict[str, Any], case: str, parts: list[int]) -> None:
     """Guards odd evaluation batches and head counts: correct, and the other dimensions still cut."""
     assert facts["odd"][case]["difference"] < 1e-14
@@ -89,9 +90,8 @@ def test_chunks_of_a_shard(facts: dict[str, Any]) -> None:
 
 
 def test_types_pass_through(facts: dict[str, Any]) -> None:
-    """Guards the compute type: bfloat16 in, bfloat16 out, gradients too; float32 within its rounding."""
-    assert facts["bfloat16"]["dtypes"] == ["bfloat16"] * 4
-    assert facts["float32"]["difference"] < 2e-6
+    """Guards the compute type: bfloat16 in, bfloat16 out, gradients too."""
+    assert facts["bfloat16"] == ["bfloat16"] * 4
 
 
 @pytest.mark.slow
@@ -105,6 +105,7 @@ def test_splash_over_a_mesh(slow_facts: dict[str, Any]) -> None:
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_mesh_without_segments_in_chunks_and_in_float32(slow_facts: dict[str, Any], mesh: str) -> None:
     """Guards the combinations that the fast tests leave out."""
+    assert mesh in FAST_MESHES or slow_facts["packed"][mesh]["difference"] < 1e-14
     assert slow_facts["causal"][mesh]["difference"] < 1e-14
     assert slow_facts["chunked"][mesh]["difference"] < 1e-14
     assert slow_facts["float32"][mesh]["difference"] < 2e-6

@@ -10,7 +10,8 @@ Shapes: B batch, T query time, S key time, N query heads, K kv heads, H head dim
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from afm_rl.attention_xla import visible_keys
-
-if TYPE_CHECKING:
-    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SplashAttentionKernel
 
 #: Largest head dim of cuDNN's flash attention on every GPU that has it (Hopper and later: 256).
 CUDNN_MAX_HEAD_DIM = 128
@@ -53,7 +51,7 @@ def splash_problem(*, dtype: Any, H: int, T: int, S: int, platform: str) -> str 
     """Why splash cannot attend from T to S tokens of head dim H on `platform`, or None if it can."""
     if platform != "tpu":
         return f"splash needs a TPU and this is {platform}"
-    if jax.config.jax_enable_x64:
+    if jax.dtypes.canonicalize_dtype("int64") == "int64":
         return "splash does not compile under jax_enable_x64"
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"splash takes bfloat16 and float32, not {jnp.dtype(dtype).name}"
@@ -92,7 +90,7 @@ def cudnn_attention(
 
 def splash_kernel(
     T: int, N: int, *, seq_parts: int = 1, mesh: Any = None, interpret: bool = False
-) -> tuple[SplashAttentionKernel, Any]:
+) -> tuple[Callable[..., Any], Any]:
     """The causal kernel of N heads for a sequence of T tokens cut into `seq_parts` -> (kernel, its spec for shard_map).
 
     The kernel is a tree of small arrays that say which blocks each query block reads; shard_map gives every device its own
@@ -122,7 +120,7 @@ def splash_attention(
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     *,
-    kernel: SplashAttentionKernel,
+    kernel: Callable[..., Any],
     q_segments_BT: jax.Array | None = None,
     k_segments_BS: jax.Array | None = None,
 ) -> jax.Array:

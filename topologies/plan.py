@@ -170,10 +170,19 @@ def _actors(topology: Topology, config: ModelConfig) -> tuple[ActorPlan, ...]:
 
 
 def _learner_bytes(topology: Topology, config: ModelConfig) -> int:
-    """The largest batch of any stage, with the frozen reference of the online loop."""
+    """Of one process: the largest batch of any stage, with the frozen reference of the online loop."""
+    learner, compute = topology.actors.learner, topology.compute
+    mesh = learner.mesh
+    cut = costs.Cut(
+        params=mesh.fsdp * mesh.tensor,
+        positions=mesh.data * mesh.fsdp * mesh.seq,
+        microbatch_tokens=compute.microbatch_tokens,
+        logits_per_pass=compute.logits_per_pass,
+    )
     batches = [(stage.batch, stage.sequence_length) for stage in _trainings(topology)]
-    need = max((costs.training_bytes(config, batch=batch, length=length) for batch, length in batches), default=0)
-    return max(need, costs.params_bytes(config)) + costs.params_bytes(config)
+    need = max((costs.training_bytes(config, batch=batch, length=length, cut=cut) for batch, length in batches), default=0)
+    weights = costs.params_bytes(config) // cut.params
+    return learner.devices_per_process * (max(need, weights) + weights)
 
 
 def _trainings(topology: Topology) -> list[Any]:

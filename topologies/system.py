@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.annotator import Annotator
-from actors.group import GroupSpec, start_group
+from actors.group import GroupHandle, GroupSpec, start_group
 from actors.host import ActorStats, DeadlineError, Handle, Host, InlineHandle, RayHandle, gather
 from actors.jobs import LearnerSetup
 from actors.learner import Learner
@@ -67,7 +67,8 @@ class System:
 
     def stats(self) -> list[ActorStats]:
         """Busy time, calls and memory of every actor."""
-        return [handle.stats() for handle in self.handles]
+        learner = self.learner.member_stats() if isinstance(self.learner, GroupHandle) else [self.learner.stats()]
+        return [*learner, *(handle.stats() for handle in self.handles if handle is not self.learner)]
 
 
 @dataclass(frozen=True)

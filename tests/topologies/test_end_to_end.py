@@ -1,10 +1,12 @@
 """The whole system on smoke.yaml: every stage, resumed after SIGKILL, on the user's own files, under two launchers."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -116,6 +118,68 @@ def test_under_ray_the_numbers_are_the_same(uninterrupted, cache, tmp_path):
     )
     assert "dashboard http" in done.stdout
     assert numbers(tmp_path / "smoke") == numbers(uninterrupted)
+
+
+def test_a_killed_learner_changes_no_number(cache, tmp_path):
+    """Guards the learner's life in a launch: killed while it fine-tunes, it is built anew, and the launch goes on itself."""
+    steps = ("stages.sft.steps=12", "actors.learner.heartbeat_s=5")
+    launch = command(tmp_path, "launcher=local", *steps)
+    victims = []
+
+    def kill_once(metrics: Path) -> None:
+        before = time.monotonic()
+        while time.monotonic() - before < LIMIT_S and not victims:
+            if metrics.exists() and metrics.read_text().count("\n") >= 10:
+                victims.extend(processes("ray::Learner", root=launched.pid))
+                for pid in victims:
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+
+    launched = subprocess.Popen(launch, env=environment(cache), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    watcher = threading.Thread(target=kill_once, args=(tmp_path / "smoke" / "metrics" / "sft.jsonl",))
+    watcher.start()
+    printed, _ = launched.communicate(timeout=LIMIT_S)
+    watcher.join(timeout=10)
+    assert launched.returncode == 0, printed
+    assert len(victims) == 1
+    assert "begin the job again" in printed
+    whole = command(tmp_path / "whole", "launcher=inline", *steps)
+    (tmp_path / "whole").mkdir()
+    subprocess.run(whole, check=True, timeout=LIMIT_S, env=environment(cache), cwd=tmp_path)
+    assert numbers(tmp_path / "smoke") == numbers(tmp_path / "whole" / "smoke")
+
+
+def processes(title: str, *, root: int) -> list[int]:
+    """Processes whose title starts so, among the descendants of a process."""
+    found, parents = [], {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            with contextlib.suppress(OSError):  # it may end while we look
+                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                if (folder / "cmdline").read_text().startswith(title):
+                    found.append(int(folder.name))
+
+    def descends(pid: int) -> bool:
+        return pid == root or (pid in parents and descends(parents[pid]))
+
+    return [pid for pid in found if descends(pid)]
+
+
+def test_a_mesh_of_two_processes_runs_a_topology(cache, tmp_path):
+    """Guards `actors.learner` in the YAML: pre-training under Ray Train and everything after it, on two processes."""
+    mesh = ("actors.learner.processes=2", "actors.learner.mesh.fsdp=2", "actors.learner.mesh.tensor=2")
+    topology = tmp_path / "mesh.yaml"
+    lines = SMOKE.read_text().splitlines(keepends=True)
+    stages = ("pretrain", "core", "continued", "context", "sft", "reward_model", "evaluate", "tokenizer")
+    head = lines[: lines.index("stages:\n") + 1]
+    kept = [line for line in lines[len(head) :] if line.strip(" -").startswith(stages) and not line.startswith("      sft")]
+    topology.write_text("".join(head + kept))
+    sets = [part for option in (f"run_root={tmp_path}", *mesh) for part in ("--set", option)]
+    launch = [sys.executable, "-m", "topologies.cli", "launch", str(topology), *sets]
+    subprocess.run(launch, check=True, timeout=LIMIT_S, env=environment(cache), cwd=tmp_path)
+    report = json.loads((tmp_path / "smoke" / "report.json").read_text())
+    assert [actor["name"] for actor in report["actors"]][:2] == ["learner-0", "learner-1"]
+    assert [stage["name"] for stage in report["stages"]] == ["tokenizer", "pretrain", "sft", "reward_model", "evaluate"]
 
 
 def test_the_users_own_files_run_the_same_stages(cache, tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from afm_rl.attention import Implementation
+
 #: Recompute in the backward pass: nothing, the whole layer, all but the products, or all but the named branch outputs.
 Remat = Literal["none", "full", "dots", "names"]
 
@@ -19,7 +21,7 @@ class Compute:
 
     dtype: str = "float32"
     remat: Remat = "none"
-    attention: str = "auto"
+    attention: Implementation = "auto"
     logits_per_pass: int = 2**26
 
 

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from afm_rl.attention import causal_attention, decode_attention
+from afm_rl.attention import causal_attention
 from afm_rl.compute import DEFAULT_COMPUTE, Compute
 from afm_rl.config import ModelConfig
+from afm_rl.decode_attention import decode_attention
 from afm_rl.dense import dense
 from afm_rl.parameters import Params
 from afm_rl.quantized import Int8Embedding

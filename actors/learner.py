@@ -28,6 +28,7 @@ from actors.jobs import AdapterSpec, HeldOut, LearnerSetup, MdlooSettings, Train
 from afm_rl import checkpoint
 from afm_rl.compute import Compute
 from afm_rl.config import ModelConfig
+from afm_rl.flops import peak_flops_per_s, train_flops_per_token
 from afm_rl.goodput import Goodput
 from afm_rl.lora import init_lora
 from afm_rl.objectives.mdloo import leave_one_out, sequence_metrics, shaped_reward, usable_responses
@@ -138,6 +139,7 @@ class Learner:
     def train(self, batches: Sequence[Batch]) -> list[dict[str, float]]:
         """One optimizer step per batch, a checkpoint where one is due; metrics of every step."""
         job, metrics = self._require_job(), []
+        stepped_s = self._goodput.seconds["step"]
         self._goodput.add("data_wait", time.perf_counter() - self._idle_since)
         for batch in batches:
             with self._goodput.measure("step"):
@@ -149,7 +151,20 @@ class Learner:
         with self._goodput.measure("step"):
             measured = [to_floats(m) for m in metrics]
         self._idle_since = time.perf_counter()
-        return measured
+        speed = self._speed(batches, self._goodput.seconds["step"] - stepped_s)
+        return [{**of_step, **speed} for of_step in measured]
+
+    def _speed(self, batches: Sequence[Batch], step_s: float) -> dict[str, float]:
+        """Positions a second, padding included, and MFU on devices whose peak is published."""
+        assert self.config is not None
+        tokens = sum(batch["tokens_BT"].size for batch in batches)
+        speed = {"tokens_per_s": tokens / max(step_s, 1e-9)}
+        devices = self._mesh.devices.ravel() if self._mesh is not None else jax.devices()[:1]
+        peak = peak_flops_per_s(devices[0])
+        if peak is not None:
+            flops = train_flops_per_token(self.config, batches[0]["tokens_BT"].shape[1])
+            speed["mfu"] = flops * speed["tokens_per_s"] / (peak * len(devices))
+        return speed
 
     def _train_step(self, batch: Batch) -> dict[str, Any]:
         """One update, by the whole batch at once or by the sum of its microbatches' gradients."""

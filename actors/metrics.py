@@ -21,6 +21,8 @@ import numpy as np
 Scalar = int | float
 #: Columns every row has; a metric may not take one of these names.
 RESERVED = ("stage", "task", "step", "time")
+#: The stage of rows that say where a job's time went (`afm_rl/goodput.py`).
+GOODPUT_STAGE = "goodput"
 
 _log = logging.getLogger(__name__)
 _STAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")

@@ -15,7 +15,7 @@ import jax
 
 from actors.jobs import LearnerSetup, TrainingJob
 from actors.learner import Learner
-from actors.metrics import Metrics
+from actors.metrics import GOODPUT_STAGE, Metrics
 from afm_rl.packing import PackedRows
 from pretrain.mixture import mixture_batches, pack_corpus
 from pretrain.token_corpus import TokenCorpus, read_corpus
@@ -129,6 +129,6 @@ def _run_phase(
         learner.wait_for_checkpoints()  # a run that is interrupted in order keeps what it began to write
     learner.export(phase.export, plan.tokenizer_folder)
     if jax.process_index() == 0:
-        metrics.log(stage="goodput", task=phase.job.task, step=phase.steps, values=learner.goodput())
+        metrics.log(stage=GOODPUT_STAGE, task=phase.job.task, step=phase.steps, values=learner.goodput())
     tokens = phase.steps * phase.batch * phase.sequence_length
     return PhaseResult(phase.name, {name: of.loss for name, of in learner.held_out(held_out).items()}, tokens)

@@ -1,11 +1,8 @@
-"""What training and generating cost: floating-point operations, seconds and bytes, from a model's shape.
+"""What training and generating cost: seconds and bytes, from a model's shape.
 
-A matrix product of m parameters costs 2m operations a token forward and 6m with its backward pass; attention adds
-2 * 2 * (T / 2) * N * H a layer; the logits count as one more matrix. Seconds follow from the speed of a float32 matrix
-product measured on this machine, the share of it that a step of ours reaches, and a fixed cost a step. They are
-estimates to plan by, within a factor of about two.
-
-Shapes: T tokens of a sequence, V vocab, D model, F ffn, N query heads, K kv heads, H head dim, L layers.
+Operations are counted by `afm_rl/flops.py`. Seconds follow from the speed of a float32 matrix product measured on this
+machine, the share of it that a step of ours reaches, and a fixed cost a step. They are estimates to plan by, within a
+factor of about two.
 """
 
 from __future__ import annotations
@@ -16,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from afm_rl.config import ModelConfig
+from afm_rl.flops import forward_flops_per_token
 
 #: Share of the measured matrix speed that a training step and a decoding step reach, and their fixed cost.
 TRAIN_UTILIZATION, DECODE_UTILIZATION = 0.4, 0.1
@@ -54,19 +52,19 @@ class Machine:
     def train(self, config: ModelConfig, *, steps: int, batch: int, length: int) -> Cost:
         """Forward and backward over `steps` batches of [batch, length] tokens, and one compilation."""
         tokens = steps * batch * length
-        work = 3 * forward_flops(config, length) * tokens / (self.flops_per_s * TRAIN_UTILIZATION)
+        work = 3 * forward_flops_per_token(config, length) * tokens / (self.flops_per_s * TRAIN_UTILIZATION)
         return Cost(train_tokens=tokens, seconds=work + steps * STEP_OVERHEAD_S + COMPILE_S)
 
     def score(self, config: ModelConfig, *, sequences: int, length: int) -> Cost:
         """A forward pass over [sequences, length] tokens, and one compilation."""
-        work = forward_flops(config, length) * sequences * length / (self.flops_per_s * TRAIN_UTILIZATION)
+        work = forward_flops_per_token(config, length) * sequences * length / (self.flops_per_s * TRAIN_UTILIZATION)
         return Cost(seconds=work + COMPILE_S)
 
     def generate(self, config: ModelConfig, *, responses: int, prompt: int, max_tokens: int, max_batch: int) -> Cost:
         """`responses` responses of `max_tokens` tokens in batches, a decoding step a token, and one compilation."""
         tokens = responses * max_tokens
         batches = -(-responses // max_batch)
-        work = forward_flops(config, prompt + max_tokens) * tokens / (self.flops_per_s * DECODE_UTILIZATION)
+        work = forward_flops_per_token(config, prompt + max_tokens) * tokens / (self.flops_per_s * DECODE_UTILIZATION)
         return Cost(generated_tokens=tokens, seconds=work + batches * max_tokens * DECODE_OVERHEAD_S + COMPILE_S)
 
 
@@ -79,18 +77,6 @@ def measure_machine(size: int = 768) -> Machine:
         a @ a
         best = min(best, time.perf_counter() - start)
     return Machine(2 * size**3 / best)
-
-
-def matrix_params(config: ModelConfig) -> int:
-    """Parameters of the linear projections of all layers."""
-    attention = config.dim * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
-    return config.num_layers * (attention + 3 * config.dim * config.ffn_dim)
-
-
-def forward_flops(config: ModelConfig, length: int) -> float:
-    """Operations of a forward pass a token, in sequences of `length` tokens, logits included."""
-    attention = 2 * length * config.num_heads * config.head_dim * config.num_layers
-    return 2.0 * matrix_params(config) + attention + 2.0 * config.vocab_size * config.dim
 
 
 def params_bytes(config: ModelConfig) -> int:

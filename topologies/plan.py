@@ -14,6 +14,7 @@ from typing import Any
 
 from afm_rl.config import ModelConfig
 from afm_rl.errors import UserError
+from afm_rl.flops import matrix_params
 from topologies import costs
 from topologies.costs import Cost, Machine
 from topologies.schema import Topology
@@ -273,7 +274,7 @@ def _small(topology: Topology, config: ModelConfig) -> ModelConfig:
 
 def _quantize(stage: Any, topology: Topology, config: ModelConfig, machine: Machine) -> Cost:
     workers = min(topology.actors.quantizer.replicas, machine_cpus())
-    tables = 2 * costs.matrix_params(config) * PALETTIZE_S_PER_WEIGHT / workers
+    tables = 2 * matrix_params(config) * PALETTIZE_S_PER_WEIGHT / workers
     length = topology.stage("sft").sequence_length
     gradients = machine.train(config, steps=stage.sensitivity_batches, batch=SENSITIVITY_BATCH, length=length)
     return Cost(gradients.train_tokens, seconds=tables + gradients.seconds)

@@ -38,7 +38,7 @@ def render(report: Report, rows: Sequence[Mapping[str, Any]], topology_text: str
     stages = "".join(sections.stage_section(index, stage, rows) for index, stage in enumerate(report.stages, start=1))
     body = (
         f"<header>{sections.head(report)}{sections.run_strip(report)}</header>{figures(report.headline, 'headline')}"
-        f"{_picture(report)}{stages}{sections.samples_section(report.samples)}{sections.timings_section(report)}"
+        f"{_picture(report)}{stages}{sections.samples_section(report.samples)}{sections.timings_section(report, rows)}"
         f"{sections.environment_section(report, topology_text)}"
     )
     return page(title=f"{escape(report.name)}: run report", contents=sections.contents(report), body=body)

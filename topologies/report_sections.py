@@ -9,7 +9,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from topologies.report_data import Answer, Curve, Report, Sample, StageResult
+from actors.metrics import GOODPUT_STAGE
+from topologies.report_data import Answer, Curve, Report, Sample, StageResult, Table
 from topologies.report_html import bar, compact, duration, escape, figures, mebibytes, number, share, table
 from topologies.report_svg import COLOURS, SMOOTH_FROM, Series, line_chart
 
@@ -225,8 +226,8 @@ def _answer(alike: Sequence[Answer]) -> str:
     )
 
 
-def timings_section(report: Report) -> str:
-    """Where the time went: by stage, and by actor as a share of the run."""
+def timings_section(report: Report, rows: Rows) -> str:
+    """Where the time went: by stage, by actor as a share of the run, and inside the learner by job."""
     spent = sum(stage.seconds for stage in report.stages)
     total = max(report.total_s, spent)
     if not total:
@@ -250,7 +251,26 @@ def timings_section(report: Report) -> str:
     busy = f'<h3>Actors: busy time as a share of the run</h3><div class="bars actors">{actors}</div>' if actors else ""
     return (
         f'<section id="timings"><header><h2>Timings</h2></header><h3>Stages</h3>'
-        f'<div class="bars stages">{stages}</div>{busy}</section>'
+        f'<div class="bars stages">{stages}</div>{busy}{_learner_time(rows)}</section>'
+    )
+
+
+def _learner_time(rows: Rows) -> str:
+    """The last goodput row of every job of the learner, as a table."""
+    jobs = {row["task"]: row for row in rows if row["stage"] == GOODPUT_STAGE}
+    if not jobs:
+        return ""
+    kinds = [name for name in next(iter(jobs.values())) if name.endswith("_s")]
+    return table(
+        Table(
+            title="Learner: seconds of each job, by what they went into",
+            columns=["job", "goodput, %", *(kind.removesuffix("_s").replace("_", " ") for kind in kinds)],
+            rows=[
+                [task, round(100 * row["goodput"], 1), *(round(row[kind], 2) for kind in kinds)]
+                for task, row in jobs.items()
+            ],
+            note="goodput is the share of steps; compiling is taken off the step it happened in",
+        )
     )
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from afm_rl.config import PRESETS, ModelConfig
 from afm_rl.errors import UserError
+from afm_rl.flops import forward_flops_per_token
 from topologies import costs
 from topologies import plan as plan_module
 from topologies.costs import COMPILE_S, DECODE_OVERHEAD_S, STEP_OVERHEAD_S, Machine
@@ -27,18 +28,13 @@ def _ample(monkeypatch):
     monkeypatch.setattr(plan_module, "machine_bytes", lambda: 16 * 2**30)
 
 
-def test_flops_by_hand():
-    """q 4x4, k and v 4x2 each, o 4x4, three FFN matrices 4x8, twice; logits 10x4; attention over half the positions."""
-    assert costs.matrix_params(SMALL) == 2 * (16 + 8 + 8 + 16 + 96) == 288
-    assert costs.forward_flops(SMALL, 6) == 2 * 288 + 2 * 6 * 2 * 2 * 2 + 2 * 40
-
-
-def test_six_flops_a_parameter_for_the_papers_model():
-    """At short lengths a training token costs 6 operations a non-embedding parameter, plus the logits."""
-    config = PRESETS["afm-on-device"]
-    logits = 2 * config.vocab_size * config.dim
-    assert 3 * (costs.forward_flops(config, 1) - logits) / costs.matrix_params(config) == pytest.approx(6, rel=1e-3)
-    assert costs.matrix_params(config) == pytest.approx(2.58e9, rel=0.01)  # Table 1
+def test_memory_by_hand_on_a_mesh():
+    """A device of a mesh holds its part of weights and positions, and the logits of one pass."""
+    tiny = PRESETS["tiny"]
+    whole, cut = (costs.training_bytes(tiny, batch=b, length=64, cut=costs.Cut(params=4, positions=b)) for b in (1, 8))
+    assert whole == cut
+    bounded = costs.training_bytes(tiny, batch=8, length=64, cut=costs.Cut(microbatch_tokens=64, logits_per_pass=10))
+    assert costs.training_bytes(tiny, batch=1, length=64) - bounded == 8 * (64 * tiny.vocab_size - 10)
 
 
 def test_memory_by_hand():
@@ -50,7 +46,7 @@ def test_memory_by_hand():
 def test_seconds_grow_with_the_work():
     """Training is work over speed, plus a fixed cost a step; generating adds one for every token of a batch."""
     one = MACHINE.train(SMALL, steps=10, batch=2, length=6)
-    flops = 3 * costs.forward_flops(SMALL, 6) * 120
+    flops = 3 * forward_flops_per_token(SMALL, 6) * 120
     assert one.train_tokens == 120
     expected = flops / (2e11 * costs.TRAIN_UTILIZATION) + 10 * STEP_OVERHEAD_S + COMPILE_S
     assert one.seconds == pytest.approx(expected)

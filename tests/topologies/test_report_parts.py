@@ -6,9 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from topologies.report_data import Curve, Figure, Table
+from topologies.report_data import Curve, Figure, Report, StageResult, Table
 from topologies.report_html import compact, duration, escape, figures, mebibytes, number, table
-from topologies.report_sections import curve_series
+from topologies.report_sections import curve_series, timings_section
 from topologies.report_svg import MAX_POINTS, Series, line_chart, running_mean, thin, ticks
 
 
@@ -87,3 +87,14 @@ def test_curve_rows_are_sorted_and_time_starts_at_zero():
     assert (line.name, list(line.x), list(line.y)) == ("loss", [0.0, 1.0, 2.0], [1.0, 2.0, 3.0])
     two = curve_series(Curve(title="t", y=["loss", "kl"]), [*rows, {**rows[0], "task": "b"}])
     assert [one.name for one in two] == ["a · loss", "a · kl", "b · loss", "b · kl"]
+
+
+def test_the_learners_time_is_a_table_by_job() -> None:
+    """Guards goodput on the page: the last row of each job, in percent and seconds; nothing where no job ran."""
+    row = {"stage": "goodput", "time": 0.0, "step": 4, "step_s": 3.0, "compile_s": 1.0, "goodput": 0.75}
+    rows = [{**row, "task": "sft", "goodput": 0.1}, {**row, "task": "sft"}, {**row, "stage": "sft", "task": "sft"}]
+    report = Report(name="r", total_s=4.0, stages=[StageResult(name="sft", title="SFT", seconds=4.0)])
+    page = timings_section(report, rows)
+    cells = re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", page)
+    assert cells == ["job", "goodput, %", "step", "compile", "sft", "75", "3", "1"]
+    assert "Learner" not in timings_section(report, [])

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from actors.group import GroupHandle, GroupRestartedError
 from actors.host import Handle, call, gather, spread
 from actors.jobs import TrainingJob
-from actors.metrics import Metrics
+from actors.metrics import GOODPUT_STAGE, Metrics
 from actors.sampler import PolicySpec
 from actors.weights import deliver, publish_folder
 from afm_rl.data.dataset import Dataset
@@ -65,6 +65,7 @@ class Context:
     data: Dataset
     _tokenizer: Tokenizer | None = field(default=None, init=False)
     _deployed: dict[str, str] = field(default_factory=dict, init=False)
+    _restarts_s: float = field(default=0.0, init=False)
 
     @property
     def seed(self) -> int:
@@ -173,8 +174,10 @@ class Context:
         """Where the job's time went, as metrics of their own (`afm_rl/goodput.py`)."""
         learner = self.system.learner
         values = call(learner, "goodput")
-        restart_s = learner.restart_seconds if isinstance(learner, GroupHandle) else 0.0
-        self.metrics.log(stage="goodput", task=job.task, step=step, values={**values, "restart_s": restart_s})
+        restarts_s = learner.restart_seconds if isinstance(learner, GroupHandle) else 0.0
+        values["restart_s"] = restarts_s - self._restarts_s
+        self._restarts_s = restarts_s
+        self.metrics.log(stage=GOODPUT_STAGE, task=job.task, step=step, values=values)
 
     def export(self, job: TrainingJob, policy: Policy) -> None:
         """Write what the learner trained as `policy`'s folder."""

@@ -51,7 +51,7 @@ def generate_answers(
         raise UserError(f"the policy '{policy}' cannot answer prompts: {error}") from error
     messages = [Message("system", system)] if system is not None else []
     tokens = tokenizer.encode_chat([*messages, Message("user", prompt)])
-    stop_ids = (tokenizer.end_of_turn_id, tokenizer.eos_id)
+    stop_ids = tokenizer.stop_ids
     generator = Generator(config, stop_ids=stop_ids, max_batch=max(1, responses))
     generator.load(params, policy=policy, version=0)
     request = GenerationRequest("prompt", np.asarray(tokens, np.int32), responses, max_tokens, temperature, seed)

@@ -173,7 +173,7 @@ def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
     """Raises UnsupportedCheckpointError when the tokenizer has ids that the model has no row for."""
     if tokenizer.vocab_size > config.vocab_size:
         raise UnsupportedCheckpointError(
-            f"the tokenizer has {tokenizer.vocab_size} entries, the model only {config.vocab_size}: they do not belong together"
+            f"the tokenizer has {tokenizer.vocab_size} entries, the model only {config.vocab_size}: not a pair"
         )
 
 
@@ -191,8 +191,9 @@ def _write(
     ends: dict[str, Any] = {}
     if tokenizer is not None:
         tokenizer.save(folder)
-        ends = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id, "bos_token_id": None}
+        ends = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
         if isinstance(tokenizer, AfmTokenizer):
+            ends["bos_token_id"] = None
             write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
             write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, max_positions=config.max_positions))
         if isinstance(tokenizer, AfmTokenizer) or not (folder / GENERATION_FILE).exists():

@@ -57,7 +57,7 @@ class IncompleteCheckpointError(UserError, FileNotFoundError):
 def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
     """The shape of the model in a Hugging Face folder, from config.json alone.
 
-    Raises IncompleteCheckpointError without a config.json, UnsupportedCheckpointError naming the key for what is not covered.
+    Raises IncompleteCheckpointError without a config.json, UnsupportedCheckpointError naming the key that is not covered.
     """
     path = Path(folder) / CONFIG_FILE
     hf = read_json(path)

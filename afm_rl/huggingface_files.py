@@ -121,9 +121,7 @@ def write_weights(
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(by_tensor.items()))})
 
 
-def split(
-    tensors: Mapping[str, np.ndarray | LazyArray], max_shard_bytes: int
-) -> list[dict[str, np.ndarray | LazyArray]]:
+def split(tensors: Mapping[str, np.ndarray | LazyArray], max_shard_bytes: int) -> list[dict[str, np.ndarray | LazyArray]]:
     """The tensors, in order, as groups of at most `max_shard_bytes`; a larger one is a group of its own."""
     shards: list[dict[str, np.ndarray | LazyArray]] = [{}]
     room = max_shard_bytes

@@ -65,9 +65,7 @@ def _whole(shape: tuple[int, ...]) -> Region:
     return tuple(slice(0, size) for size in shape)
 
 
-def _fill(
-    leaf: StoredLeaf, region: Region, dtype: Any, where: Sequence[jax.sharding.Sharding | None]
-) -> list[jax.Array]:
+def _fill(leaf: StoredLeaf, region: Region, dtype: Any, where: Sequence[jax.sharding.Sharding | None]) -> list[jax.Array]:
     """One array of the region per place; None is the default device."""
     devices = jnp.zeros(()).devices() if where[0] is None else where[0].device_set
     fill = fill_on_host if all(device.platform == "cpu" for device in devices) else fill_by_layers

@@ -237,7 +237,7 @@ def _checked_row(row: Mapping[str, Any], size: int, where: str) -> tuple[np.dtyp
         expected = dtype.itemsize * math.prod(shape)
         if not 0 <= begin <= end <= size or end - begin != expected:
             raise SafetensorsError(
-                f"{where} lies at bytes {begin}..{end} of {size}, expected {expected} bytes: the file is truncated or damaged"
+                f"{where} lies at bytes {begin}..{end} of {size}, expected {expected} bytes: truncated or damaged"
             )
     except (KeyError, TypeError) as error:
         raise SafetensorsError(f"{where}: damaged header: {error!r}") from error

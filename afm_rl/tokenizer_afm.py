@@ -80,7 +80,9 @@ class AfmTokenizer(Tokenizer):
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
         except RuntimeError as error:
-            raise TokenizerError(f"{path}: not a SentencePiece model ({Path(path).stat().st_size} bytes): {error}") from error
+            raise TokenizerError(
+                f"{path}: not a SentencePiece model ({Path(path).stat().st_size} bytes): {error}"
+            ) from error
         return _first_pieces(processor) == MARKER_PIECES
 
     @staticmethod

@@ -165,7 +165,7 @@ class ForeignTokenizer(Tokenizer):
             stops.insert(0, eos)
         if not stops:
             raise TokenizerError(
-                "no end token: neither eos_token of tokenizer_config.json nor eos_token_id of generation_config.json is given"
+                "no end token: give eos_token in tokenizer_config.json or eos_token_id in generation_config.json"
             )
         pads = (self._id_of("pad_token"), self._generation.get("pad_token_id"), stops[0])
         return tuple(dict.fromkeys(stops)), next(pad for pad in pads if isinstance(pad, int))

@@ -159,7 +159,7 @@ def test_sharded_checkpoint(qwen):
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"use_sliding_window": True}, "use_sliding_window = True"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling = "),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type = 'yarn'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_parameters.rope_type = 'yarn'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config = "),
     ],

@@ -10,7 +10,6 @@ import argparse
 import errno
 import json
 import re
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 
@@ -117,7 +116,7 @@ def _export(args: argparse.Namespace) -> None:
     run = RunFolder.open(args.run)
     folder = export_policy(run, args.policy, args.folder, dtype=args.dtype, max_shard_bytes=args.max_shard_size)
     print(folder)
-    print(f"next: afm-rl import {shlex.quote(str(folder))} FOLDER, or AutoModelForCausalLM.from_pretrained of transformers")
+    print(f"next: load it in transformers, AutoModelForCausalLM.from_pretrained({str(folder)!r})")
 
 
 def _import(args: argparse.Namespace) -> None:

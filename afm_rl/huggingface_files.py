@@ -113,8 +113,9 @@ def write_weights(
         for name, temporary in zip(names, temporaries, strict=True):
             temporary.replace(folder / name)
     finally:
-        for temporary in folder.glob(".model*.safetensors*.tmp"):
-            temporary.unlink()
+        for pattern in (".model*.safetensors*.tmp", ".*.json.*.tmp"):  # of earlier saves that were killed, too
+            for temporary in folder.glob(pattern):
+                temporary.unlink()
     if len(shards) > 1:
         by_tensor = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         total = sum(_num_bytes(tensor) for tensor in tensors.values())

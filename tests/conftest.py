@@ -69,7 +69,8 @@ def foreign_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bpe.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     bpe.add_tokens(["<think>", "</think>"])
     bpe.save(str(folder / "tokenizer.json"))
-    end = {"content": "<|im_end|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    end = {"__type": "AddedToken", "content": "<|im_end|>", **flags}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": end,

@@ -22,6 +22,10 @@ from quant.package import is_package, read_adapter, read_package, write_adapter
 HEADS_FILE = "heads.safetensors"
 
 
+#: How the model of a policy folder is read: (its shape, its parameters).
+LoadPolicy = Callable[[Path], tuple[ModelConfig, Any]]
+
+
 class AdapterShape(Protocol):
     """Rank and alpha of a LoRA adapter."""
 
@@ -34,15 +38,18 @@ class AdapterShape(Protocol):
 
 @dataclass(frozen=True)
 class Artifact:
-    """Parameters as NumPy arrays (a reward model: {"trunk", "heads"}), the model's shape, an adapter's rank and alpha."""
+    """Parameters, as NumPy arrays unless they were read otherwise (a reward model: {"trunk", "heads"}), the model's shape, an adapter's rank and alpha."""
 
     params: Any
     config: ModelConfig | None
     adapter: AdapterShape | None = None
 
 
-def load_artifact(folder: str | Path) -> Artifact:
-    """Read a folder by what it holds. Raises FileNotFoundError or ValueError naming the file."""
+def load_artifact(folder: str | Path, *, load_policy: LoadPolicy = load_params) -> Artifact:
+    """Read a folder by what it holds, the model of a policy by `load_policy`.
+
+    Raises FileNotFoundError or ValueError naming the file.
+    """
     folder = Path(folder)
     if (folder / "adapter_config.json").exists():
         adapter = read_adapter(folder)
@@ -50,7 +57,7 @@ def load_artifact(folder: str | Path) -> Artifact:
     if is_package(folder):
         package = read_package(folder)
         return Artifact(package.params, package.config)
-    config, params = load_params(folder)
+    config, params = load_policy(folder)
     if (folder / HEADS_FILE).exists():
         return Artifact({"trunk": params, "heads": nest(read_safetensors(folder / HEADS_FILE))}, config)
     return Artifact(params, config)

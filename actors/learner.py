@@ -30,11 +30,12 @@ from afm_rl.compute import Compute
 from afm_rl.config import ModelConfig
 from afm_rl.flops import peak_flops_per_s, train_flops_per_token
 from afm_rl.goodput import Goodput
+from afm_rl.huggingface import load_pretrained
 from afm_rl.lora import init_lora
 from afm_rl.objectives.mdloo import leave_one_out, sequence_metrics, shaped_reward, usable_responses
 from afm_rl.objectives.supervised import cross_entropy
 from afm_rl.packing import Batch, Example, PackedRows, cut, length_buckets, microbatches, pad
-from afm_rl.parameters import axes_like_params, init_params, shard_like_params
+from afm_rl.parameters import axes_like_params, init_params, param_shardings, shard_like_params
 from afm_rl.policy_losses import View, adapter_view, build, full_view, response_logps, target_scores
 from afm_rl.reward_model import init_heads
 from afm_rl.sharding import make_mesh, put, shard_batch, to_host
@@ -84,13 +85,13 @@ class Learner:
         """Set the job up, from its newest checkpoint where one exists; returns the step (or iteration) to go on from."""
         if job == self._job and int(self._require_state().step) == 0:
             return self._restore()  # begun already, for its reference's log-probabilities
-        loaded = load_artifact(job.init) if job.init else None
+        loaded = load_artifact(job.init, load_policy=self._load_policy) if job.init else None
         config = job.config or (loaded.config if loaded else None)
         if config is None:
             raise ValueError(f"training job {job.task!r} has neither a policy to start from nor a model configuration")
         if loaded and loaded.config and config.replace(rope_base=0.0) != loaded.config.replace(rope_base=0.0):
             raise ValueError(f"training job {job.task!r}: {job.init} has another shape than the job's configuration")
-        frozen = {role: load_artifact(folder) for role, folder in job.frozen.items()}
+        frozen = {role: load_artifact(at, load_policy=self._load_policy) for role, at in job.frozen.items()}
         self._frozen = {role: self._place(artifact.params) for role, artifact in frozen.items()}
         options: dict[str, Any] = {"compute": self._setup.compute, **job.options}
         if "teacher" in frozen:
@@ -108,6 +109,12 @@ class Learner:
         self._state = create_state(trained, optimizer)
         self._goodput, self._idle_since = Goodput(), time.perf_counter()
         return self._restore()
+
+    def _load_policy(self, folder: Path) -> tuple[ModelConfig, Any]:
+        """Streamed into the mesh's shards, never whole on the host."""
+        mesh = self._mesh
+        model = load_pretrained(folder, shardings=None if mesh is None else lambda of: param_shardings(of, mesh))
+        return model.config, model.params
 
     def _place(self, tree: Any) -> Any:
         """Arrays that every process has, laid out on the mesh like the parameters they belong to."""

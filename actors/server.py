@@ -70,7 +70,7 @@ class ChatServer:
         self._tokenizer = tokenizer
         self._default_max_tokens = default_max_tokens
         self._max_choices = max_choices
-        self._end_ids = frozenset({tokenizer.eos_id, tokenizer.end_of_turn_id})
+        self._end_ids = frozenset(tokenizer.stop_ids)
         self._created = int(time.time())
 
     def models(self) -> dict[str, Any]:
@@ -147,7 +147,10 @@ class ChatServer:
     def _chat_request(self, call: ChatCall) -> GenerationRequest:
         self._require_model(call.model)
         self._limit_choices(call.sampling.n)
-        tokens = self._tokenizer.encode_chat(call.messages, add_generation_prompt=True)
+        try:
+            tokens = self._tokenizer.encode_chat(call.messages, add_generation_prompt=True)
+        except ValueError as error:  # a chat template may refuse what the protocol allows
+            raise ApiError(str(error), param="messages") from error
         return self._request(tokens, call.sampling, default=self._default_max_tokens, where="messages")
 
     def _request(self, tokens: Sequence[int], sampling: Sampling, *, default: int, where: str) -> GenerationRequest:
@@ -251,7 +254,7 @@ class _Reader:
     """Reads a response's tokens as text; afterwards knows every token it took and why it stopped."""
 
     def __init__(self, tokenizer: Tokenizer, end_ids: frozenset[int], stop: Sequence[str]) -> None:
-        self._text = ResponseText(tokenizer.token_bytes, stop=stop)
+        self._text = ResponseText(tokenizer.byte_stream(), stop=stop)
         self._end_ids = end_ids
         self._ended = False
         self.tokens: list[int] = []

@@ -141,7 +141,7 @@ class AdapterBackend:
 
     def _resident(self, name: str, params: Params, stamp: tuple[int, int]) -> _Resident:
         params = jax.tree.map(jnp.asarray, params)  # the base's arrays are there already, and are shared
-        stop_ids = (self.tokenizer.eos_id, self.tokenizer.end_of_turn_id)
+        stop_ids = self.tokenizer.stop_ids
         generator = Generator(self.config, stop_ids=stop_ids, max_batch=self._max_batch, compute_dtype=self._dtype)
         generator.load(params, policy=name, version=0)
         return _Resident(params, generator, stamp)

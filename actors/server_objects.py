@@ -89,7 +89,7 @@ def token_text(token: int, tokenizer: Tokenizer) -> str:
     """How one token is written: its text, `bytes:\\xNN..` where it is part of a character, a marker's own name."""
     raw = tokenizer.token_bytes(token)
     if not raw:
-        return tokenizer.pieces[token]
+        return tokenizer.piece(token)
     try:
         return raw.decode()
     except UnicodeDecodeError:
@@ -107,7 +107,7 @@ def _logp(value: float) -> float:
 
 def _offsets(tokens: Sequence[int], tokenizer: Tokenizer) -> list[int]:
     """Characters that are certain before each token."""
-    text, offsets, length = ResponseText(tokenizer.token_bytes), [], 0
+    text, offsets, length = ResponseText(tokenizer.byte_stream()), [], 0
     for token in tokens:
         offsets.append(length)
         length += len(text.push(token))

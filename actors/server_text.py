@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 class ResponseText:
     """Incremental decoder of one response.
 
-    `token_bytes` gives the UTF-8 bytes of a token (`Tokenizer.token_bytes`); bytes that are not UTF-8 become U+FFFD. A
-    stop string is found where it is first complete, as if the text came character by character, and is not part of the
-    text.
+    `token_bytes` gives the UTF-8 bytes of each token in order (`Tokenizer.byte_stream`); bytes that are not UTF-8 become
+    U+FFFD. A stop string is found where it is first complete, as if the text came character by character, and is not part
+    of the text.
     """
 
     def __init__(self, token_bytes: Callable[[int], bytes], *, stop: Sequence[str] = ()) -> None:

@@ -1,7 +1,7 @@
-"""The shapes of the paper's models (section 2, Table 1), each preset value tagged with its source.
+"""The shapes of the paper's models (section 2, Table 1), and where each value of a preset comes from (`SOURCES`).
 
-Sources: "paper 2" = Table 1; "axlearn" = the public 3B configuration of Apple's training library, which agrees with the
-paper line by line where both speak; "ours" = a stated choice of this project.
+Sources: "paper 2, Table 1" and other sections of the paper; "axlearn" = the public 3B configuration of Apple's training
+library, which agrees with the paper line by line where both speak; "ours: reason" = a stated choice of this project.
 """
 
 from __future__ import annotations
@@ -50,12 +50,49 @@ class ModelConfig:
 
 
 PRESETS: dict[str, ModelConfig] = {
-    # paper 2 (Table 1) for every dimension; ffn_dim and vocabulary 49,152 from axlearn (paper: "49k").
     "afm-on-device": ModelConfig(49_152, 3072, 8064, 26, 24, 8, 128),
-    # The 6.4B model it is pruned from (paper 3.2.1): same shape, wider FFN; 23,552 is ours (gives 6.4B, a multiple of 128).
     "afm-on-device-teacher": ModelConfig(49_152, 3072, 23_552, 26, 24, 8, 128),
-    # Vocabulary 100k, head dim 128 and 8 KV heads from the paper; the other dimensions are not published and are ours.
     "afm-server": ModelConfig(100_352, 8192, 22_016, 48, 64, 8, 128),
-    # Ours: what two CPU cores train in minutes.
     "tiny": ModelConfig(2048, 128, 512, 3, 4, 2, 32),
+}
+
+_TABLE = "paper 2, Table 1"
+_ON_DEVICE = {
+    "vocab_size": "axlearn",  # the paper says 49k
+    "dim": _TABLE,
+    "ffn_dim": "axlearn",
+    "num_layers": _TABLE,
+    "num_heads": _TABLE,
+    "num_kv_heads": _TABLE,
+    "head_dim": _TABLE,
+    "rope_base": "paper 2",
+    "norm_eps": "axlearn",
+    "tie_embeddings": "paper 2",
+    "max_positions": "paper 3.2",  # the sequence length of the core stage
+}
+_UNPUBLISHED = "ours: unpublished; head dim 128 and 8 kv heads of the paper, width and depth usual at 34B"
+_SMALL = "ours: what two CPU cores train in minutes"
+#: preset -> field -> where the value comes from; a test holds every field of every preset to it.
+SOURCES: dict[str, dict[str, str]] = {
+    "afm-on-device": _ON_DEVICE,
+    # Only the FFN is pruned (paper 3.2.1), so the model it is pruned from differs in that alone.
+    "afm-on-device-teacher": {**_ON_DEVICE, "ffn_dim": "ours: gives the 6.4B of paper 3.2.1, a multiple of 128"},
+    "afm-server": {
+        **_ON_DEVICE,
+        "vocab_size": "ours: the 100k of paper 2, Table 1, as a multiple of 2048",
+        "dim": _UNPUBLISHED,
+        "ffn_dim": _UNPUBLISHED,
+        "num_layers": _UNPUBLISHED,
+        "num_heads": _UNPUBLISHED,
+    },
+    "tiny": {
+        **_ON_DEVICE,
+        "vocab_size": _SMALL,
+        "dim": _SMALL,
+        "ffn_dim": _SMALL,
+        "num_layers": _SMALL,
+        "num_heads": _SMALL,
+        "num_kv_heads": _SMALL,
+        "head_dim": _SMALL,
+    },
 }

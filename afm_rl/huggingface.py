@@ -1,16 +1,15 @@
 """Models in Hugging Face's layout, both ways and exactly: the architecture is theirs called Qwen3ForCausalLM (paper 2).
 
-A folder holds config.json, model.safetensors (one tensor per layer and projection, [out, in] as here) and, with a
-tokenizer, tokenizer.model (ours), tokenizer.json, tokenizer_config.json and generation_config.json. A checkpoint that
-asks for anything this architecture does not have (biases, sliding windows, scaled RoPE, quantised weights, other
-tensors) is refused by that name: loading it all the same would give wrong numbers quietly. Files are memory maps.
+A folder holds config.json (`huggingface_config.py`), weights (`huggingface_files.py`) and, with a tokenizer, its files:
+ours in both forms (tokenizer.model, tokenizer.json), a foreign one's as they were. Loading streams tensor by tensor into
+the devices' own memory (`huggingface_stream.py`); saving holds one tensor at a time. What the architecture does not
+cover is refused by name.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,60 +17,86 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from afm_rl.config import ModelConfig
-from afm_rl.errors import UserError
+from afm_rl.huggingface_config import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    IncompleteCheckpointError,
+    UnsupportedCheckpointError,
+    load_config,
+    to_hf_config,
+    write_json,
+)
+from afm_rl.huggingface_files import MAX_SHARD_BYTES, Place, open_checkpoint, places, split, write_weights
+from afm_rl.huggingface_stream import StoredLeaf, load_leaf
 from afm_rl.model import Transformer
-from afm_rl.parameters import Params, ParamSpec, param_specs
-from afm_rl.safetensors_file import read_safetensors, write_safetensors
+from afm_rl.parameters import Params, param_specs
+from afm_rl.safetensors_file import LazyArray, StoredTensor, storage_order
 from afm_rl.tokenizer import Tokenizer
+from afm_rl.tokenizer_afm import AfmTokenizer
 from afm_rl.tokenizer_export import tokenizer_config, tokenizer_json
-from afm_rl.weights import leaves, to_device
+from afm_rl.weights import leaves, nest
 
-_TOP_NAMES = {
-    "embed/weight": "model.embed_tokens.weight",
-    "final_norm": "model.norm.weight",
-    "lm_head/weight": "lm_head.weight",
-}
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "q_norm": "self_attn.q_norm",
-    "k_norm": "self_attn.k_norm",
-    "mlp_norm": "post_attention_layernorm",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-_WEIGHTS_FILE, _INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-_FLOATS = ("float64", "float32", "float16", "bfloat16")
-#: config.json keys that change the computation, and the only values of them that this architecture computes.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "model_type": ("qwen3",),
-    "hidden_act": ("silu", None),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "use_sliding_window": (False, None),
-    "rope_scaling": (None,),
-    "partial_rotary_factor": (1.0, None),
-    "quantization_config": (None,),
-}
-
-
-class UnsupportedCheckpointError(UserError, ValueError):
-    """A Hugging Face folder that this architecture cannot hold, or that is incomplete."""
+__all__ = [
+    "CopiedCheckpoint",
+    "IncompleteCheckpointError",
+    "UnsupportedCheckpointError",
+    "check_vocabulary",
+    "copy_pretrained",
+    "load_config",
+    "load_params",
+    "load_pretrained",
+    "save_pretrained",
+]
 
 
 @dataclass(frozen=True)
-class _Tensor:
-    """Where one Hugging Face tensor lives in our tree: a whole leaf, or layer `layer` of a stacked one."""
+class CopiedCheckpoint:
+    """What `copy_pretrained` wrote; `dtype` is the embedding's."""
 
-    path: str
-    layer: int | None
-    shape: tuple[int, ...]
+    config: ModelConfig
+    dtype: str
+    tensors: int
+    weights_bytes: int
+
+
+def load_pretrained(
+    folder: str | os.PathLike[str],
+    dtype: str = "float32",
+    *,
+    shardings: Mapping[str, Any] | Callable[[ModelConfig], Mapping[str, Any]] | None = None,
+) -> Transformer:
+    """The model of a Hugging Face folder, its weights cast to `dtype`; `model(tokens_BT)` gives float32 logits.
+
+    `shardings`: a tree like `param_specs(config)` with a `jax.sharding.Sharding` at every leaf, or a function from the
+    configuration to one; None: all on the default device. Only the regions of this process's devices are read, and at most
+    one tensor of the file is on the host beside the arrays. With several processes, each must call it. Raises as
+    `load_params`; ValueError where `shardings` is not such a tree.
+    """
+    config, stored = open_checkpoint(folder)
+    tree = shardings(config) if callable(shardings) else shardings
+    by_path = dict(leaves(tree)) if tree is not None else {}
+    wanted = _stored_leaves(config, stored)
+    if tree is not None and by_path.keys() != wanted.keys():
+        raise ValueError(f"shardings must have the model's leaves; these differ: {sorted(by_path.keys() ^ wanted.keys())}")
+    arrays = {path: load_leaf(leaf, jnp.dtype(dtype), by_path.get(path)) for path, leaf in wanted.items()}
+    return Transformer(config, nest(arrays))
+
+
+def load_params(folder: str | os.PathLike[str], *, dtype: str = "float32") -> tuple[ModelConfig, Params]:
+    """(configuration, parameters as NumPy arrays of `dtype`) of a Hugging Face folder.
+
+    Raises IncompleteCheckpointError (a FileNotFoundError) for what is missing and UnsupportedCheckpointError (a
+    ValueError), naming the key or the tensor, for what this architecture does not cover.
+    """
+    config, stored = open_checkpoint(folder)
+    arrays = {}
+    for path, leaf in _stored_leaves(config, stored).items():
+        arrays[path] = np.empty(leaf.shape, jnp.dtype(dtype))
+        leaf.read_into(arrays[path], tuple(slice(0, size) for size in leaf.shape))
+    return config, nest(arrays)
 
 
 def save_pretrained(
@@ -80,11 +105,14 @@ def save_pretrained(
     *,
     config: ModelConfig | None = None,
     tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a policy as a Hugging Face folder, in the dtype its parameters have; config.json comes last.
 
-    Raises ValueError when the parameters are not those of `config` (adapters must be merged, palettized weights
-    dequantised first), or the tokenizer's vocabulary is larger than the model's.
+    Weights of an earlier save go, its tokenizer files only when `tokenizer` brings others. Where the arrays are spread over
+    several processes each must call it: tensors are gathered one by one, and process 0 writes. Raises ValueError when
+    the parameters are not those of `config` (adapters must be merged, palettized weights dequantised first), or the
+    tokenizer's vocabulary is larger than the model's.
     """
     if isinstance(params_or_model, Transformer):
         params, config = params_or_model.params, config or params_or_model.config
@@ -92,115 +120,100 @@ def save_pretrained(
         params = params_or_model
     if config is None:
         raise ValueError("save_pretrained needs config= with a parameter tree (a Transformer carries its own)")
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {config.vocab_size}")
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, config)
     ours = _checked_leaves(params, config)
-    folder = Path(folder)
+    tensors = {name: _lazy(ours[place.path], place) for name, place in places(config).items()}
+    spread = any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in ours.values())
+    if spread and jax.process_index() != 0:
+        _take_part(split(tensors, max_shard_bytes))
+    else:
+        dtype = np.dtype(ours["embed/weight"].dtype).name
+        _write(Path(folder), config, tensors, tokenizer, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    if spread:
+        multihost_utils.sync_global_devices("save_pretrained")
+
+
+def copy_pretrained(
+    source: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: Tokenizer | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    on_tensor: Callable[[int, int], None] = lambda _done, _total: None,
+) -> CopiedCheckpoint:
+    """Check a Hugging Face folder and write it again, tensor by tensor, cast to `dtype` (None: each as it is stored).
+
+    `on_tensor(done, total)` is called after each. Raises as `load_params` and `save_pretrained`.
+    """
+    config, stored = open_checkpoint(source)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, config)
+    done = 0
+
+    def lazy(tensor: StoredTensor) -> LazyArray:
+        wanted = tensor.dtype if dtype is None else jnp.dtype(dtype)
+
+        def make() -> np.ndarray:
+            nonlocal done
+            done += 1
+            on_tensor(done, len(stored))
+            return tensor.read(dtype=wanted)
+
+        return LazyArray(tensor.shape, wanted, make)
+
+    tensors = {name: lazy(stored[name]) for name in places(config)}
+    found = tensors["model.embed_tokens.weight"].dtype.name
+    _write(Path(folder), config, tensors, tokenizer, dtype=found, max_shard_bytes=max_shard_bytes)
+    size = sum(int(np.prod(tensor.shape)) * tensor.dtype.itemsize for tensor in tensors.values())
+    return CopiedCheckpoint(config, found, len(tensors), size)
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """Raises UnsupportedCheckpointError when the tokenizer has ids that the model has no row for."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UnsupportedCheckpointError(
+            f"the tokenizer has {tokenizer.vocab_size} entries, the model only {config.vocab_size}: not a pair"
+        )
+
+
+def _write(
+    folder: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, LazyArray],
+    tokenizer: Tokenizer | None,
+    *,
+    dtype: str,
+    max_shard_bytes: int,
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: ours[tensor.path] if tensor.layer is None else ours[tensor.path][tensor.layer]
-        for name, tensor in _tensors(config).items()
-    }
-    temporary = folder / f".{_WEIGHTS_FILE}.{os.getpid()}.tmp"
-    write_safetensors(temporary, tensors, metadata={"format": "pt"})
-    temporary.replace(folder / _WEIGHTS_FILE)
+    write_weights(folder, tensors, max_shard_bytes=max_shard_bytes)
+    ends: dict[str, Any] = {}
     if tokenizer is not None:
         tokenizer.save(folder)
-        _write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
-        _write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, max_positions=config.max_positions))
-        _write_json(folder / "generation_config.json", _generation_config(tokenizer))
-    _write_json(folder / "config.json", _to_hf_config(config, tokenizer, dtype=ours["embed/weight"].dtype.name))
+        ends = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
+        if isinstance(tokenizer, AfmTokenizer):
+            ends["bos_token_id"] = None
+            write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
+            write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, max_positions=config.max_positions))
+        if isinstance(tokenizer, AfmTokenizer) or not (folder / GENERATION_FILE).exists():
+            stops = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
+            write_json(folder / GENERATION_FILE, stops)
+    write_json(folder / CONFIG_FILE, to_hf_config(config, dtype=dtype, ends=ends))
 
 
-def load_pretrained(folder: str | os.PathLike[str], dtype: str = "float32") -> Transformer:
-    """The model of a Hugging Face folder on the default device, its weights cast to `dtype`. Raises as load_params."""
-    config, params = load_params(folder, dtype=dtype)
-    return Transformer(config, to_device(params))
+def _stored_leaves(config: ModelConfig, stored: Mapping[str, StoredTensor]) -> dict[str, StoredLeaf]:
+    """Every leaf of our tree, by its path, as it lies on the disk."""
+    tensors: dict[str, list[StoredTensor]] = {}
+    for name, place in places(config).items():  # layers in their order
+        tensors.setdefault(place.path, []).append(stored[name])
+    specs = dict(leaves(param_specs(config)))
+    return {path: StoredLeaf(specs[path].shape, rows, path.startswith("layers/")) for path, rows in tensors.items()}
 
 
-def load_params(folder: str | os.PathLike[str], *, dtype: str = "float32") -> tuple[ModelConfig, Params]:
-    """(configuration, parameters as NumPy arrays of `dtype`) of a Hugging Face folder.
-
-    Raises FileNotFoundError for what is missing and UnsupportedCheckpointError, naming the key or the tensor, for what
-    this architecture does not cover.
-    """
-    folder = Path(folder)
-    config = load_config(folder)
-    stored: dict[str, np.ndarray] = {}
-    for file in _weight_files(folder):
-        stored |= read_safetensors(file)
-    wanted = _tensors(config)
-    _check_tensors(stored, wanted, tied=config.tie_embeddings, folder=folder)
-    params = jax.tree.map(
-        lambda spec: np.empty(spec.shape, jnp.dtype(dtype)),
-        param_specs(config),
-        is_leaf=lambda node: isinstance(node, ParamSpec),
-    )
-    targets = dict(leaves(params))
-    for name, tensor in wanted.items():
-        target = targets[tensor.path] if tensor.layer is None else targets[tensor.path][tensor.layer]
-        target[...] = stored[name]
-    return config, params
-
-
-def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
-    """The shape of the model in a Hugging Face folder, from config.json alone. Raises as `load_params`."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: not a Hugging Face model folder")
-    try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
-        _refuse_unsupported(hf, path)
-        rope = hf.get("rope_parameters") or {}
-        return ModelConfig(
-            vocab_size=hf["vocab_size"],
-            dim=hf["hidden_size"],
-            ffn_dim=hf["intermediate_size"],
-            num_layers=hf["num_hidden_layers"],
-            num_heads=hf["num_attention_heads"],
-            num_kv_heads=hf["num_key_value_heads"],
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-            rope_base=float(rope["rope_theta"] if "rope_theta" in rope else hf["rope_theta"]),
-            norm_eps=hf["rms_norm_eps"],
-            tie_embeddings=hf.get("tie_word_embeddings", False),
-            max_positions=hf["max_position_embeddings"],
-        )
-    except json.JSONDecodeError as error:
-        raise UnsupportedCheckpointError(f"{path} is not JSON: {error}") from error
-    except KeyError as error:
-        raise UnsupportedCheckpointError(f"{path} has no key {error}") from error
-
-
-def _refuse_unsupported(hf: Mapping[str, Any], path: Path) -> None:
-    problems = [
-        f"{key} = {hf.get(key)!r} (only {allowed[0]!r})" for key, allowed in _ONLY.items() if hf.get(key) not in allowed
-    ]
-    rope = hf.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        problems.append(f"rope_parameters.rope_type = {rope['rope_type']!r} (only 'default')")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        problems.append(f"rope_parameters.partial_rotary_factor = {rope['partial_rotary_factor']} (only 1.0)")
-    if other := set(hf.get("layer_types") or ()) - {"full_attention"}:
-        problems.append(f"layer_types has {', '.join(sorted(other))} (only full_attention)")
-    if problems:
-        raise UnsupportedCheckpointError(f"{path}: this architecture does not cover {'; '.join(problems)}")
-
-
-def _tensors(config: ModelConfig) -> dict[str, _Tensor]:
-    """Every tensor of the Hugging Face model, by its name there."""
-    found: dict[str, _Tensor] = {}
-    for path, spec in leaves(param_specs(config)):
-        if path in _TOP_NAMES:
-            found[_TOP_NAMES[path]] = _Tensor(path, None, spec.shape)
-            continue
-        name = _LAYER_NAMES[path.removeprefix("layers/")]
-        for layer in range(config.num_layers):
-            found[f"model.layers.{layer}.{name}.weight"] = _Tensor(path, layer, spec.shape[1:])
-    return found
-
-
-def _checked_leaves(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
-    """Our leaves by path, on the host, after comparing them with what `config` says."""
+def _checked_leaves(params: Params, config: ModelConfig) -> dict[str, jax.Array | np.ndarray]:
+    """Our leaves by path, after comparing them with what `config` says."""
     specs = dict(leaves(param_specs(config)))
     ours = dict(leaves(params))
     if missing := sorted(set(specs) - set(ours)):
@@ -212,67 +225,28 @@ def _checked_leaves(params: Params, config: ModelConfig) -> dict[str, np.ndarray
             raise ValueError(f"parameter {path} is a {type(leaf).__name__}: merge adapters or dequantise it first")
         if leaf.shape != specs[path].shape:
             raise ValueError(f"parameter {path} has shape {leaf.shape}, the configuration says {specs[path].shape}")
-    return {path: np.asarray(leaf) for path, leaf in ours.items()}
+    return ours
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / _WEIGHTS_FILE).is_file():
-        return [folder / _WEIGHTS_FILE]
-    if (folder / _INDEX_FILE).is_file():
-        names = json.loads((folder / _INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / Path(name).name for name in sorted(set(names))]
-    raise FileNotFoundError(f"{folder} has neither {_WEIGHTS_FILE} nor {_INDEX_FILE} (.bin files are not read)")
+def _lazy(leaf: jax.Array | np.ndarray, place: Place) -> LazyArray:
+    return LazyArray(place.shape, np.dtype(leaf.dtype), lambda: _to_host(leaf, place.layer))
 
 
-def _check_tensors(stored: dict[str, np.ndarray], wanted: Mapping[str, _Tensor], *, tied: bool, folder: Path) -> None:
-    head, embed = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
-    if tied and head is not None and embed is not None and np.array_equal(head, embed):
-        del stored["lm_head.weight"]  # some tools write the tied table twice
-    problems = [f"{name} is missing" for name in wanted if name not in stored]
-    problems += [f"{name} has no place in this architecture" for name in stored if name not in wanted]
-    for name in wanted.keys() & stored.keys():
-        if stored[name].shape != wanted[name].shape:
-            problems.append(f"{name} has shape {stored[name].shape}, config.json says {wanted[name].shape}")
-        if stored[name].dtype.name not in _FLOATS:
-            problems.append(f"{name} is {stored[name].dtype.name}, only {', '.join(_FLOATS)} are read")
-    if problems:
-        shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise UnsupportedCheckpointError(f"{folder}: {shown}")
+def _to_host(leaf: jax.Array | np.ndarray, layer: int | None) -> np.ndarray:
+    """A leaf or one layer of it, whole; gathered from every process where it is spread over several."""
+    if isinstance(leaf, np.ndarray):
+        return leaf if layer is None else leaf[layer]
+    tensor = leaf if layer is None else _layer(leaf, layer)
+    return np.asarray(multihost_utils.process_allgather(tensor, tiled=True) if not leaf.is_fully_addressable else tensor)
 
 
-def _to_hf_config(config: ModelConfig, tokenizer: Tokenizer | None, *, dtype: str) -> dict[str, Any]:
-    hf: dict[str, Any] = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "intermediate_size": config.ffn_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "use_sliding_window": False,
-        "rms_norm_eps": config.norm_eps,
-        # Both spellings: transformers 5 reads rope_parameters, earlier ones and other tools rope_theta.
-        "rope_theta": config.rope_base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
-        "tie_word_embeddings": config.tie_embeddings,
-        "max_position_embeddings": config.max_positions,
-        "dtype": dtype,
-    }
-    if tokenizer is not None:
-        hf |= {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id, "bos_token_id": None}
-    return hf
+@jax.jit
+def _layer(leaf: jax.Array, index: int) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(leaf, index, axis=0, keepdims=False)
 
 
-def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    return {"eos_token_id": [tokenizer.end_of_turn_id, tokenizer.eos_id], "pad_token_id": tokenizer.pad_id}
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+def _take_part(shards: Sequence[Mapping[str, np.ndarray | LazyArray]]) -> None:
+    """Gather every tensor in the order in which process 0 writes them."""
+    for shard in shards:
+        for name in storage_order(shard):
+            np.asarray(shard[name])

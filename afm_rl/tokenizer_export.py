@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from afm_rl.tokenizer import (
+from afm_rl.tokenizer_afm import (
     END_OF_TURN_PIECE,
     EOS_PIECE,
     MARKER_PIECES,
@@ -19,11 +19,11 @@ from afm_rl.tokenizer import (
     ROLE_PIECES,
     SPACE_SIGN,
     UNKNOWN_PIECE,
-    Tokenizer,
+    AfmTokenizer,
 )
 
 
-def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+def tokenizer_json(tokenizer: AfmTokenizer) -> dict[str, Any]:
     """The content of tokenizer.json: a byte-fallback BPE whose encoding equals `tokenizer.encode`."""
     pieces = [piece.replace(SPACE_SIGN, " ") for piece in tokenizer.pieces]
     return {
@@ -50,7 +50,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def tokenizer_config(tokenizer: Tokenizer, *, max_positions: int) -> dict[str, Any]:
+def tokenizer_config(tokenizer: AfmTokenizer, *, max_positions: int) -> dict[str, Any]:
     """The content of tokenizer_config.json, with the chat template; pads on the left, as generation there wants."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

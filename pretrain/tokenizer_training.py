@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 import sentencepiece
 
 from afm_rl.errors import UserError
-from afm_rl.tokenizer import (
+from afm_rl.tokenizer_afm import (
     END_OF_TURN_PIECE,
     EOS_PIECE,
     MARKER_PIECES,
@@ -24,7 +24,7 @@ from afm_rl.tokenizer import (
     ROLE_PIECES,
     SPACE_SIGN,
     UNKNOWN_PIECE,
-    Tokenizer,
+    AfmTokenizer,
 )
 
 _NEWLINE = "\n"
@@ -47,7 +47,7 @@ def train_tokenizer(
     vocab_size: int,
     folder: str | os.PathLike[str],
     max_chars: int = 8_000_000,
-) -> Tokenizer:
+) -> AfmTokenizer:
     """Learn `vocab_size` pieces from `texts` and save the tokenizer in `folder`.
 
     At most `max_chars` characters are learnt from: a fixed pseudo-random sample of whole texts (4 MB take a second).
@@ -60,7 +60,7 @@ def train_tokenizer(
     lines = list(_lines(_sample(texts, max_chars)))
     if not lines:
         raise TokenizerTrainingError("the tokenizer has no text to learn from: the corpus is empty")
-    tokenizer = Tokenizer(_train(lines, vocab_size))
+    tokenizer = AfmTokenizer(_train(lines, vocab_size))
     tokenizer.save(folder)
     return tokenizer
 

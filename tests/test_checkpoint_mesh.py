@@ -24,7 +24,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from afm_rl.checkpoint import CheckpointError, Checkpoints, restore
 from afm_rl.config import ModelConfig
-from afm_rl.model import init_params
+from afm_rl.parameters import init_params
 from afm_rl.policy_losses import supervised
 from afm_rl.recipe import OptimizerSpec
 from afm_rl.training import create_state, make_train_step

@@ -15,7 +15,7 @@ import hashlib, json, sys
 import jax, numpy as np
 from afm_rl.checkpoint import Checkpoints, latest, restore
 from afm_rl.config import ModelConfig
-from afm_rl.model import init_params
+from afm_rl.parameters import init_params
 from afm_rl.policy_losses import supervised
 from afm_rl.recipe import OptimizerSpec
 from afm_rl.training import create_state, make_train_step

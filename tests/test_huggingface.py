@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from afm_rl.config import ModelConfig
-from afm_rl.huggingface import UnsupportedCheckpointError, load_config, load_params, load_pretrained, save_pretrained
+from afm_rl.huggingface import copy_pretrained, load_config, load_params, load_pretrained, save_pretrained
 from afm_rl.model import Transformer
 from afm_rl.parameters import ParamSpec, param_specs
 from afm_rl.safetensors_file import read_safetensors, write_safetensors
@@ -152,67 +152,6 @@ def test_sharded_checkpoint(qwen):
     assert_same_tree(load_params(qwen)[1], load_params(QWEN)[1])
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"model_type": "llama"}, "model_type = 'llama'"),
-        ({"attention_bias": True}, "attention_bias = True"),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"use_sliding_window": True}, "use_sliding_window = True"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling = "),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_parameters.rope_type = 'yarn'"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config = "),
-    ],
-)
-def test_what_the_architecture_lacks_is_refused_by_name(qwen, change, named):
-    """Loading such a checkpoint all the same would give wrong numbers without a word."""
-    edit_config(qwen, **change)
-    with pytest.raises(UnsupportedCheckpointError, match=named):
-        load_pretrained(qwen)
-
-
-def test_a_bare_rope_theta_is_read(qwen):
-    """Checkpoints of earlier transformers have rope_theta at the top level; without either it is an error."""
-    edit_config(qwen, rope_parameters=None, rope_theta=10_000)
-    assert load_config(qwen).rope_base == 10_000.0
-    edit_config(qwen, rope_parameters=None, rope_theta=7)
-    path = qwen / "config.json"
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "rope_theta"}))
-    with pytest.raises(UnsupportedCheckpointError, match="rope_theta"):
-        load_config(qwen)
-
-
-def test_tensor_refusals(qwen):
-    """Missing, additional, misshapen and integer tensors are each named."""
-    file = qwen / "model.safetensors"
-    arrays = {name: np.array(array) for name, array in read_safetensors(file).items()}
-    norm = "model.norm.weight"
-    cases = {
-        f"{norm} is missing": {name: a for name, a in arrays.items() if name != norm},
-        "q_proj.bias has no place": arrays | {"model.layers.0.self_attn.q_proj.bias": np.zeros(128, np.float32)},
-        f"{norm} has shape": arrays | {norm: np.ones(127, np.float32)},
-        f"{norm} is int8": arrays | {norm: np.ones(128, np.int8)},
-        "lm_head.weight has no place": arrays | {"lm_head.weight": arrays["model.embed_tokens.weight"] + 1},
-    }
-    for message, changed in cases.items():
-        write_safetensors(file, changed)
-        with pytest.raises(UnsupportedCheckpointError, match=message):
-            load_params(qwen)
-    write_safetensors(file, arrays | {"lm_head.weight": arrays["model.embed_tokens.weight"]})
-    assert_same_tree(load_params(qwen)[1], load_params(QWEN)[1])
-
-
-def test_missing_files_are_named(qwen):
-    """A folder without its parts says which one."""
-    (qwen / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"neither model.safetensors nor"):
-        load_params(qwen)
-    (qwen / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"config.json does not exist"):
-        load_params(qwen)
-
-
 def test_save_refuses_what_is_not_the_model(tmp_path):
     """Foreign leaves, shapes and trees are refused before anything is written."""
     params = small_params()
@@ -229,16 +168,85 @@ def test_save_refuses_what_is_not_the_model(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_transformers_computes_the_same_logits(tmp_path):
-    """What we write, they load and run to our logits (where torch and transformers are installed)."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    params = small_params()
-    tokenizer = train_tokenizer([pydoc_data.topics.topics["assert"]], vocab_size=SMALL.vocab_size, folder=tmp_path)
-    save_pretrained(params, tmp_path, config=SMALL, tokenizer=tokenizer)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    ids = transformers.AutoTokenizer.from_pretrained(tmp_path)("An assertion: x == 12")["input_ids"]
-    assert ids == tokenizer.encode("An assertion: x == 12")
-    with torch.no_grad():
-        expected = theirs(torch.tensor([ids])).logits.numpy()
-    np.testing.assert_allclose(Transformer(SMALL, params)(jnp.asarray([ids])), expected, atol=1e-5)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 6000])
+def test_hugging_face_to_ours_and_back_is_exact(tmp_path, dtype, max_shard_bytes):
+    """A folder of theirs in any float dtype, one file or many: every tensor comes back bit for bit."""
+    save_pretrained(small_params(dtype=jnp.dtype(dtype)), tmp_path / "theirs", config=SMALL, max_shard_bytes=max_shard_bytes)
+    save_pretrained(load_pretrained(tmp_path / "theirs", dtype), tmp_path / "ours", max_shard_bytes=max_shard_bytes)
+    theirs, ours = ({p.name: p.read_bytes() for p in (tmp_path / at).iterdir()} for at in ("theirs", "ours"))
+    assert theirs == ours
+    assert len(theirs) == (2 if max_shard_bytes > 6000 else len(list((tmp_path / "ours").glob("model-*"))) + 2)
+
+
+def test_shards_and_their_index(tmp_path):
+    """Every tensor is in one file, no file is larger than asked unless by one tensor, the index says all of it."""
+    save_pretrained(small_params(), tmp_path, config=SMALL, max_shard_bytes=6000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = {path.name: read_safetensors(path) for path in tmp_path.glob("model-*.safetensors")}
+    assert sorted(files) == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    assert len(files) > 3
+    assert index["weight_map"] == {name: file for file, arrays in files.items() for name in arrays}
+    assert index["metadata"]["total_size"] == sum(a.nbytes for arrays in files.values() for a in arrays.values())
+    for arrays in files.values():
+        assert len(arrays) == 1 or sum(array.nbytes for array in arrays.values()) <= 6000
+    assert_same_tree(load_params(tmp_path)[1], small_params())
+
+
+@pytest.mark.parametrize(("first", "second"), [(6000, 9000), (6000, 10**9), (10**9, 6000)])
+def test_an_earlier_save_leaves_nothing(tmp_path, first, second):
+    """Other shard counts over the same folder: the new weights load, and no old file is left to confuse anyone."""
+    save_pretrained(small_params(), tmp_path, config=SMALL, max_shard_bytes=first)
+    changed = jax.tree.map(lambda leaf: leaf + 1, small_params())
+    save_pretrained(changed, tmp_path, config=SMALL, max_shard_bytes=second)
+    save_pretrained(changed, tmp_path / "fresh", config=SMALL, max_shard_bytes=second)
+    fresh = {path.name for path in (tmp_path / "fresh").iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == fresh | {"fresh"}
+    assert_same_tree(load_params(tmp_path)[1], changed)
+
+
+@pytest.mark.parametrize("written", range(4))
+def test_a_save_that_dies_never_passes_for_whole(tmp_path, monkeypatch, written):
+    """Killed after any number of renames and index writes over an older save: the folder does not load."""
+    save_pretrained(small_params(), tmp_path, config=SMALL, max_shard_bytes=20_000)
+    replace, left = Path.replace, written
+
+    def dying(self, target):
+        nonlocal left
+        if left == 0:
+            raise KeyboardInterrupt
+        left -= 1
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", dying)
+    changed = jax.tree.map(lambda leaf: leaf + 1, small_params())
+    with pytest.raises(KeyboardInterrupt):
+        save_pretrained(changed, tmp_path, config=SMALL, max_shard_bytes=20_000)
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
+        load_params(tmp_path)
+    save_pretrained(changed, tmp_path, config=SMALL, max_shard_bytes=20_000)
+    assert_same_tree(load_params(tmp_path)[1], changed)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_foreign_tokenizer_travels_with_its_policy(foreign_tokenizer, tmp_path):
+    """Its files are there byte for byte, and config.json names its ends."""
+    tokenizer = Tokenizer.load(foreign_tokenizer)
+    config = SMALL.replace(vocab_size=1024)
+    save_pretrained(small_params(config), tmp_path, config=config, tokenizer=tokenizer)
+    for path in foreign_tokenizer.iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == tokenizer.eos_id
+    assert Tokenizer.load(tmp_path).stop_ids == tokenizer.stop_ids
+
+
+def test_copy_is_exact_and_casts(qwen, tmp_path):
+    """Checked and streamed without a model in between: same tensors, or the same values in another dtype."""
+    seen = []
+    copied = copy_pretrained(qwen, tmp_path / "a", on_tensor=lambda done, total: seen.append((done, total)))
+    assert (copied.dtype, copied.tensors, copied.weights_bytes) == ("float32", 46, 4 * 1_049_984)
+    assert seen == [(i + 1, 46) for i in range(46)]
+    assert_same_tree(load_params(tmp_path / "a")[1], load_params(QWEN)[1])
+    assert copy_pretrained(qwen, tmp_path / "b", dtype="bfloat16", max_shard_bytes=10**6).dtype == "bfloat16"
+    assert_same_tree(load_params(tmp_path / "b", dtype="bfloat16")[1], load_params(QWEN, dtype="bfloat16")[1])

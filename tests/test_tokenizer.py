@@ -8,7 +8,8 @@ import random
 
 import pytest
 
-from afm_rl.tokenizer import MARKER_PIECES, Tokenizer
+from afm_rl.tokenizer import Tokenizer
+from afm_rl.tokenizer_afm import MARKER_PIECES
 from afm_rl.tokenizer_export import tokenizer_config, tokenizer_json
 from afm_rl.types import Message
 from pretrain.tokenizer_training import MIN_VOCAB_SIZE, train_tokenizer
@@ -162,7 +163,7 @@ def test_save_load_and_pickle(trained, tmp_path):
 
 def test_load_errors_name_the_file(tmp_path):
     """A missing or foreign tokenizer.model is an error that names it."""
-    with pytest.raises(FileNotFoundError, match=r"tokenizer.model does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"neither tokenizer.model nor tokenizer.json"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(ValueError, match=r"tokenizer.model: not a SentencePiece model"):

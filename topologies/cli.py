@@ -9,10 +9,13 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 
 from afm_rl.errors import UserError
+
+_DTYPES = ("bfloat16", "float32")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,15 +24,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], int | None] = args.command
     try:
         return command(args) or 0
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"afm-rl: {line}", file=sys.stderr)
+        return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" while writing {error.filename}" if error.filename else ""
         print(f"afm-rl: the disk is full{where}; free some space and continue with --resume", file=sys.stderr)
-        return 2
-    except UserError as error:
-        for line in str(error).splitlines():
-            print(f"afm-rl: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         hint = "; continue with --resume" if command is _launch else ""
@@ -110,7 +113,27 @@ def _export(args: argparse.Namespace) -> None:
     from topologies.policy_commands import export_policy
     from topologies.run_folder import RunFolder
 
-    print(export_policy(RunFolder.open(args.run), args.policy, args.folder))
+    run = RunFolder.open(args.run)
+    folder = export_policy(run, args.policy, args.folder, dtype=args.dtype, max_shard_bytes=args.max_shard_size)
+    print(folder)
+    print(f"next: load it in transformers, AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+
+
+def _import(args: argparse.Namespace) -> None:
+    from topologies.policy_commands import import_policy
+
+    policy = import_policy(args.source, args.folder, dtype=args.dtype)
+    model = f"model: {{huggingface: {json.dumps(policy.folder)}}}"
+    next_step = f"put '{model}' into a topology file FILE, then: afm-rl plan FILE"
+    if args.json:
+        print(json.dumps({**vars(policy), "next": next_step}, ensure_ascii=False))
+        return
+    print(policy.folder)
+    print(f"  parameters     {policy.parameters:,} ({policy.dtype}, {policy.bytes / 2**20:,.0f} MiB)")
+    print(f"  vocabulary     {policy.vocabulary:,}")
+    print(f"  tokenizer      {policy.tokenizer}, {policy.tokenizer_entries:,} entries")
+    print(f"  chat template  {'yes' if policy.chat_template else 'no: role and text on lines of their own'}")
+    print(f"next: {next_step}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -145,6 +168,16 @@ def _parser() -> argparse.ArgumentParser:
     export = _run_command(commands, "export", _export, "copy a policy out as a Hugging Face folder")
     export.add_argument("policy", metavar="POLICY")
     export.add_argument("folder", metavar="FOLDER")
+    export.add_argument("--dtype", choices=_DTYPES, help="default: as it is stored")
+    export.add_argument("--max-shard-size", type=_size, metavar="SIZE", help="bytes of one file of weights: 5GB, 500MiB")
+
+    summary = "check a Hugging Face folder and copy it as a policy folder"
+    importing = commands.add_parser("import", help=summary, description=summary)
+    importing.add_argument("source", metavar="HF_FOLDER")
+    importing.add_argument("folder", metavar="DEST")
+    importing.add_argument("--dtype", choices=_DTYPES, help="default: as it is stored")
+    importing.add_argument("--json", action="store_true", help="one object: folder, parameters, dtype, tokenizer, ...")
+    importing.set_defaults(command=_import)
     return parser
 
 
@@ -183,6 +216,14 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, got {text!r}")
     return int(text)
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?)(i?)B?", text, re.IGNORECASE)
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"must be a size like 5GB, 500MiB or 1000000, got {text!r}")
+    return size
 
 
 def _temperature(text: str) -> float:

@@ -190,7 +190,7 @@ class Context:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        return (self.tokenizer.end_of_turn_id, self.tokenizer.eos_id)
+        return self.tokenizer.stop_ids
 
     def deploy(self, policy: Policy, receivers: Sequence[Handle]) -> None:
         """Bring a policy folder's weights to generators, through the store, acknowledged by digest."""

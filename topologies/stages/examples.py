@@ -43,7 +43,7 @@ def supervised_batches(
     rows = pack(
         [example(tokenizer, d.prompt, d.response, limit=length) for d in demonstrations],
         length=length,
-        pad_id=0,
+        pad_id=tokenizer.pad_id,
         too_long="refuse",
     )
     return lambda step: rows.take(epoch_rows(step, batch=batch, rows=len(rows), seed=seed))
@@ -55,7 +55,7 @@ def preference_rows(tokenizer: Tokenizer, preferences: Sequence[Preference], *, 
     examples += [example(tokenizer, p.prompt, p.rejected, limit=length) for p in preferences]
     grades = [_classes(p.chosen_grades) for p in preferences] + [_classes(p.rejected_grades) for p in preferences]
     return {
-        **pad(examples, pad_id=0),
+        **pad(examples, pad_id=tokenizer.pad_id),
         "length_B": np.array([len(e.tokens) for e in examples], np.int32),
         "grades": np.array(grades, np.int32),
         "level_B": np.array([p.level for p in preferences], np.int32),

@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 
 from actors.artifacts import load_artifact, save_artifact
 from actors.jobs import AdapterSpec, HeldOut, LearnerSetup, MdlooSettings, TrainingJob
+from actors.mdloo_batch import prepare
 from afm_rl import checkpoint
 from afm_rl.compute import Compute
 from afm_rl.config import ModelConfig
@@ -32,9 +33,8 @@ from afm_rl.flops import peak_flops_per_s, train_flops_per_token
 from afm_rl.goodput import Goodput
 from afm_rl.huggingface import load_pretrained
 from afm_rl.lora import init_lora
-from afm_rl.objectives.mdloo import leave_one_out, sequence_metrics, shaped_reward, usable_responses
 from afm_rl.objectives.supervised import cross_entropy
-from afm_rl.packing import Batch, Example, PackedRows, cut, length_buckets, microbatches, pad
+from afm_rl.packing import Batch, PackedRows, cut, microbatches
 from afm_rl.parameters import axes_like_params, init_params, param_shardings, shard_like_params
 from afm_rl.policy_losses import View, adapter_view, build, full_view, response_logps, target_scores
 from afm_rl.reward_model import init_heads
@@ -227,58 +227,17 @@ class Learner:
     def update_mdloo(self, iteration: int, groups: Sequence[ScoredGroup], settings: MdlooSettings) -> dict[str, float]:
         """One policy-update stage over n x K responses sampled from the current parameters (theta_k), in microbatches.
 
-        R = r - beta * log(pi_theta_k / pi_ref), frozen over the inner steps; leave-one-out inside a prompt's group; then
-        `inner_steps` steps of Eq. 9. Groups with fewer than two valid responses do not count. Raises ValueError when no
-        group is left.
+        Raises ValueError when no group has two valid responses.
         """
-        batch, reward_PG, valid_PG = responses_batch(groups)
-        length_B = np.array([len(g.group.prompt_T) + len(response) for g in groups for response in g.group.responses])
-        parts = length_buckets(length_B, rows=settings.microbatch)
-        behavior_logp_BT, ref_logp_BT = (
-            self._log_probs_in_parts(batch, parts, which, settings.temperature) for which in ("current", "reference")
-        )
-        shape = reward_PG.shape
-        kl_ref_B = behavior_logp_BT.sum(-1) - ref_logp_BT.sum(-1)
-        total_PG = shaped_reward(
-            reward_PG,
-            behavior_logp_BT.sum(-1).reshape(shape),
-            ref_logp_BT.sum(-1).reshape(shape),
-            beta=settings.beta,
-        )
-        usable_PG = usable_responses(total_PG, valid_PG)
-        if not usable_PG.any():
-            raise ValueError("no group has two valid responses: every reward of this iteration failed")
-        advantage_PG = leave_one_out(total_PG, valid_PG)
-        counted_B = usable_PG.reshape(-1)
-        batch["mask_BT"] = batch["mask_BT"] * counted_B[:, None]
-        batch |= {
-            "behavior_logp_BT": behavior_logp_BT * counted_B[:, None],
-            "advantage_B": advantage_PG.reshape(-1).astype(np.float32),
-            "num_sequences": np.asarray(counted_B.sum(), np.float32),
-        }
-        for _ in range(settings.inner_steps):
-            measured = self._accumulate([cut(batch, rows, width) for rows, width in parts])
+        prepared = prepare(groups, settings, self._log_probs_in_parts)
+        with self._goodput.measure("step"):
+            for _ in range(settings.inner_steps):
+                measured = self._accumulate([cut(prepared.batch, rows, width) for rows, width in prepared.parts])
+            metrics = prepared.metrics(to_host(measured), gamma=self._require_job().options["gamma"])
         if (iteration + 1) % self._require_job().checkpoint_every == 0:
-            self.save(iteration + 1)
-        sampler_logp_B = np.array([logp.sum() for g in groups for logp in g.group.logps])
-        order = np.concatenate([rows for rows, _ in parts])
-        device_metrics = sequence_metrics(
-            np.concatenate([to_host(of_part["log_ratio_B"]) for of_part in measured]),
-            batch["advantage_B"][order],
-            batch["mask_BT"][order].any(-1),
-            gamma=self._require_job().options["gamma"],
-        )
-        return {
-            **to_floats(device_metrics),
-            "loss": sum(float(of_part["loss"]) for of_part in measured),
-            "grad_norm": float(measured[0]["grad_norm"]),
-            "reward": float(reward_PG[valid_PG].mean()),
-            "kl_to_reference": float(kl_ref_B[counted_B].mean()),
-            "advantage_std": float(advantage_PG[usable_PG].std()),
-            "logp_mismatch": float(np.abs(sampler_logp_B - behavior_logp_BT.sum(-1)).max()),
-            "response_tokens": float(np.mean([len(r) for g in groups for r in g.group.responses])),
-            "groups_dropped": float((~usable_PG.any(-1)).sum()),
-        }
+            with self._goodput.measure("checkpoint"):
+                self.save(iteration + 1)
+        return metrics
 
     def _log_probs_in_parts(
         self, batch: Batch, parts: Sequence[tuple[np.ndarray, int]], which: str, temperature: float
@@ -370,20 +329,6 @@ def _required(value: Any, job: TrainingJob, what: str) -> Any:
     if value is None:
         raise ValueError(f"training job {job.task!r} trains {job.part} but does not say {what}")
     return value
-
-
-def responses_batch(groups: Sequence[ScoredGroup], *, pad_id: int = 0) -> tuple[Batch, np.ndarray, np.ndarray]:
-    """Groups of equal size as one right-padded batch of P x G rows, rewards and validity [P, G]."""
-    sizes = {len(g.group.responses) for g in groups}
-    if len(sizes) != 1:
-        raise ValueError(f"groups of different sizes in one batch: {sorted(sizes)}")
-    examples = [
-        Example(np.concatenate([g.group.prompt_T, response]), first_target=len(g.group.prompt_T))
-        for g in groups
-        for response in g.group.responses
-    ]
-    reward_PG = np.stack([np.where(g.valid_G, g.reward_G, 0.0) for g in groups]).astype(np.float64)
-    return pad(examples, pad_id=pad_id), reward_PG, np.stack([g.valid_G for g in groups])
 
 
 def _start_adapter(spec: AdapterSpec, config: ModelConfig, key: jax.Array) -> Any:

@@ -13,7 +13,8 @@ import pytest
 
 from actors.artifacts import load_artifact, save_artifact
 from actors.jobs import AdapterSpec, MdlooSettings, TrainingJob
-from actors.learner import Learner, responses_batch
+from actors.learner import Learner
+from actors.mdloo_batch import responses_batch
 from afm_rl.config import ModelConfig
 from afm_rl.model import forward, logits
 from afm_rl.packing import Batch, Example, pack, pad
@@ -76,7 +77,8 @@ def test_training_continues_exactly(tmp_path: Path, killed_at: int) -> None:
     first.wait_for_checkpoints()
     second = Learner()
     assert second.begin(job) == 4
-    assert second.train([text_batch(step) for step in range(4, 8)]) == expected[4:]
+    for found, whole_step in zip(second.train([text_batch(step) for step in range(4, 8)]), expected[4:], strict=True):
+        assert {**found, "tokens_per_s": 0.0} == {**whole_step, "tokens_per_s": 0.0}
     assert learned(second) == learned(whole)
     assert len({metrics["loss"] for metrics in expected}) == 8
 

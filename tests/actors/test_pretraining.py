@@ -13,7 +13,7 @@ import actors.pretraining as pretraining_module
 from actors.artifacts import load_artifact
 from actors.jobs import LearnerSetup, TrainingJob
 from actors.learner import Learner
-from actors.metrics import JsonlSink, Metrics, read_metrics
+from actors.metrics import GOODPUT_STAGE, JsonlSink, Metrics, read_metrics
 from actors.pretraining import PhasePlan, PhaseResult, PretrainPlan, held_out_rows, run_pretraining
 from afm_rl.config import ModelConfig
 from afm_rl.recipe import OptimizerSpec
@@ -124,12 +124,18 @@ def test_phases_run_in_order(whole: Run) -> None:
 @pytest.mark.slow
 def test_every_step_is_measured(whole: Run) -> None:
     """Guards the curves: one row a step and task, whatever the number of steps a call."""
-    rows = read_metrics(whole.folder / "metrics")
+    written = read_metrics(whole.folder / "metrics")
+    rows = [row for row in written if row["stage"] != GOODPUT_STAGE]
     assert [(row["task"], row["step"]) for row in rows] == [
         *(("pretrain-core", step) for step in range(5)),
         *(("pretrain-long", step) for step in range(4)),
     ]
-    assert all({"nll", "loss", "grad_norm"} <= set(row) for row in rows)
+    assert all({"nll", "loss", "grad_norm", "skipped_steps", "tokens_per_s"} <= set(row) for row in rows)
+    goodput = {row["task"]: row for row in written if row["stage"] == GOODPUT_STAGE}
+    assert list(goodput) == ["pretrain-core", "pretrain-long"]
+    for row in goodput.values():
+        assert 0 < row["goodput"] < 1
+        assert row["step_s"] > 0 < row["compile_s"]
 
 
 @pytest.mark.slow

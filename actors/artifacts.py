@@ -38,7 +38,7 @@ class AdapterShape(Protocol):
 
 @dataclass(frozen=True)
 class Artifact:
-    """Parameters, NumPy unless read otherwise (a reward model: {"trunk", "heads"}); the shape; an adapter's rank and alpha."""
+    """Parameters, NumPy unless read otherwise (a reward model: {"trunk", "heads"}); the shape; an adapter's rank, alpha."""
 
     params: Any
     config: ModelConfig | None

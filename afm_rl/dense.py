@@ -9,6 +9,7 @@ bfloat16.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,28 +19,33 @@ from afm_rl.lora import LoraWeight
 from afm_rl.quantized import PalettizedWeight
 
 
-def dense(x: jax.Array, weight: Any) -> jax.Array:
-    """x[..., in] -> [..., out]: the one product of every projection; dispatches on the leaf (plain, LoRA, palettized)."""
+def dense(x: jax.Array, weight: Any, *, out_dtype: Any = None) -> jax.Array:
+    """x[..., in] -> [..., out]: the one product of every projection; dispatches on the leaf (plain, LoRA, palettized).
+
+    The result has x's type, or `out_dtype` (float32 logits of bfloat16 activations, not rounded in between).
+    """
     if isinstance(weight, LoraWeight):
         low_rank = dense(dense(x, weight.a), weight.b)
-        return dense(x, weight.base) + (weight.scale * low_rank).astype(x.dtype)
+        out = dense(x, weight.base, out_dtype=out_dtype)
+        return out + (weight.scale * low_rank).astype(out.dtype)
     if isinstance(weight, PalettizedWeight):
         weight = weight.dequantize()
-    return _product(x, weight)
+    return _product(x, weight, jnp.dtype(out_dtype or x.dtype))
 
 
-@jax.custom_vjp
-def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x[..., in] @ weight[out, in]^T in x's type."""
-    return _dot(x, weight.astype(x.dtype), ((x.ndim - 1,), (1,)), x.dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: jax.Array, weight: jax.Array, out_dtype: Any) -> jax.Array:
+    """x[..., in] @ weight[out, in]^T, both in x's type."""
+    return _dot(x, weight.astype(x.dtype), ((x.ndim - 1,), (1,)), out_dtype)
 
 
-def _forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product(x, weight), (x, weight)
+def _forward(x: jax.Array, weight: jax.Array, out_dtype: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(x, weight, out_dtype), (x, weight)
 
 
-def _backward(kept: tuple[jax.Array, jax.Array], out_gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(_: Any, kept: tuple[jax.Array, jax.Array], out_gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, weight = kept
+    out_gradient = out_gradient.astype(x.dtype)
     x_gradient = _dot(out_gradient, weight.astype(x.dtype), ((x.ndim - 1,), (0,)), x.dtype)
     if x.ndim == 2 and x.shape[0] % _TOKENS_PER_ROW == 0:
         x = x.reshape(-1, _TOKENS_PER_ROW, x.shape[-1])

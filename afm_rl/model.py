@@ -196,7 +196,7 @@ def forward(
 def logits(params: Params, hidden: jax.Array, config: ModelConfig) -> jax.Array:
     """hidden [..., D] -> float32 logits [..., V] through the tied (or own) output table."""
     table = embedding_table(params, "embed" if config.tie_embeddings else "lm_head")
-    return dense(hidden, table).astype(jnp.float32)
+    return dense(hidden, table, out_dtype=jnp.float32)
 
 
 def decode_step(

@@ -100,12 +100,45 @@ def _one_shot(
     """All the scores [B, K, M, T, S] at once. Products in the inputs' type, softmax in float32 (float64 inputs: float64)."""
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
-    q_BTKMH = q_BTNH.reshape(B, T, K, N // K, H)
-    softmax_dtype = jnp.promote_types(q_BTNH.dtype, jnp.float32)
-    scores_BKMTS = jnp.einsum("btkmh,bskh->bkmts", q_BTKMH, k_BSKH).astype(softmax_dtype) * H**-0.5
+    q_BKMTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     visible = visible_keys(T, S, q_segments_BT=q_segments_BT, k_segments_BS=k_segments_BS, offset=offset)
-    weights = jax.nn.softmax(jnp.where(visible, scores_BKMTS, MASKED), axis=-1).astype(q_BTNH.dtype)
-    return jnp.einsum("bkmts,bskh->btkmh", weights, v_BSKH).reshape(B, T, N, H)
+    out_BKMTH = _mix(q_BKMTH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), visible)
+    return out_BKMTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+@jax.custom_vjp
+def _mix(q_BKMTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible: jax.Array) -> jax.Array:
+    """Attention with the batch axes first. Every product takes operands of the inputs' type and accumulates in float32.
+
+    The gradient is written out because the one JAX derives multiplies float32 cotangents, for which no matrix unit has
+    a kernel, and keeps the float32 scores beside the weights.
+    """
+    return _mix_forward(q_BKMTH, k_BKSH, v_BKSH, visible)[0]
+
+
+def _mix_forward(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    scores = jnp.where(visible, _einsum("bkmth,bksh->bkmts", q, k) * q.shape[-1] ** -0.5, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    out = _einsum("bkmts,bksh->bkmth", weights, v).astype(q.dtype)
+    return out, (q, k, v, weights, out)
+
+
+def _mix_backward(kept: tuple[jax.Array, ...], g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, weights, out = kept
+    v_gradient = _einsum("bkmts,bkmth->bksh", weights, g)
+    weights_gradient = _einsum("bkmth,bksh->bkmts", g, v)
+    mean_gradient = (g.astype(weights_gradient.dtype) * out).sum(-1, keepdims=True)  # of each row, under its weights
+    scores_gradient = (weights * (weights_gradient - mean_gradient) * q.shape[-1] ** -0.5).astype(q.dtype)
+    q_gradient = _einsum("bkmts,bksh->bkmth", scores_gradient, k)
+    k_gradient = _einsum("bkmts,bkmth->bksh", scores_gradient, q)
+    return q_gradient.astype(q.dtype), k_gradient.astype(k.dtype), v_gradient.astype(v.dtype), None
+
+
+_mix.defvjp(_mix_forward, _mix_backward)
+
+
+def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
 def visible_keys(

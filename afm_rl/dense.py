@@ -25,23 +25,25 @@ Split = Literal["out", "in"] | None
 _COMPUTE_AXES: dict[Split, tuple[Axis, Axis]] = {"out": ("tensor", None), "in": (None, "tensor"), None: (None, None)}
 
 
-def dense(x: jax.Array, weight: Any, *, split: Split = None) -> jax.Array:
+def dense(x: jax.Array, weight: Any, *, split: Split = None, out_dtype: Any = None) -> jax.Array:
     """x[..., in] -> [..., out]: dispatches on the leaf (plain, LoRA, palettized); the weight is cast to the type of x here.
 
     `split` is the dimension of the weight that tensor parallelism cuts (3.3); the cast comes before the gather over fsdp.
+    The result has x's type, or `out_dtype` (float32 logits of bfloat16 activations, not rounded in between).
     """
     if isinstance(weight, LoraWeight):
         low_rank = dense(dense(x, weight.a), weight.b)
-        return dense(x, weight.base, split=split) + (weight.scale * low_rank).astype(x.dtype)
+        out = dense(x, weight.base, split=split, out_dtype=out_dtype)
+        return out + (weight.scale * low_rank).astype(out.dtype)
     if isinstance(weight, PalettizedWeight):
         weight = weight.dequantize()
-    return _product(x, weight, split)
+    return _product(x, weight, split, jnp.dtype(out_dtype or x.dtype))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: jax.Array, weight: jax.Array, split: Split) -> jax.Array:
-    """x[..., in] @ weight[out, in]^T in x's type."""
-    return _dot(x, _operand(weight, x, split), ((x.ndim - 1,), (1,)), x.dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x: jax.Array, weight: jax.Array, split: Split, out_dtype: Any) -> jax.Array:
+    """x[..., in] @ weight[out, in]^T, both in x's type."""
+    return _dot(x, _operand(weight, x, split), ((x.ndim - 1,), (1,)), out_dtype)
 
 
 def _operand(weight: jax.Array, x: jax.Array, split: Split) -> jax.Array:
@@ -49,12 +51,15 @@ def _operand(weight: jax.Array, x: jax.Array, split: Split) -> jax.Array:
     return constrain(weight.astype(x.dtype), *_COMPUTE_AXES[split])
 
 
-def _forward(x: jax.Array, weight: jax.Array, split: Split) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product(x, weight, split), (x, weight)
+def _forward(x: jax.Array, weight: jax.Array, split: Split, out_dtype: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(x, weight, split, out_dtype), (x, weight)
 
 
-def _backward(split: Split, kept: tuple[jax.Array, jax.Array], out_gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(
+    split: Split, _: Any, kept: tuple[jax.Array, jax.Array], out_gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, weight = kept
+    out_gradient = out_gradient.astype(x.dtype)
     x_gradient = _dot(out_gradient, _operand(weight, x, split), ((x.ndim - 1,), (0,)), x.dtype)
     if x.ndim == 2 and x.shape[0] % _TOKENS_PER_ROW == 0:
         x = x.reshape(-1, _TOKENS_PER_ROW, x.shape[-1])

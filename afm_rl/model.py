@@ -162,7 +162,7 @@ def rematerialised(body: Callable[..., Any], remat: str, *, in_loop: bool) -> Ca
 def logits(params: Params, hidden: jax.Array, config: ModelConfig) -> jax.Array:
     """hidden [..., D] -> float32 logits [..., V] through the tied (or own) output table."""
     table = embedding_table(params, "embed" if config.tie_embeddings else "lm_head")
-    return dense(hidden, table, split="out").astype(jnp.float32)
+    return dense(hidden, table, split="out", out_dtype=jnp.float32)
 
 
 def decode_step(

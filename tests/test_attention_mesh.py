@@ -61,9 +61,9 @@ def test_only_keys_and_values_are_gathered(facts: dict[str, Any]) -> None:
 
 
 def test_memory_shrinks_with_the_sequence_axis(facts: dict[str, Any]) -> None:
-    """Guards against a sequence axis that is only a label: 8 devices need a fifth or less of one device's memory each."""
+    """Guards against a sequence axis that is only a label: 8 devices need a third or less of one device's memory each."""
     one, eight = (facts["compiled"][mesh]["temp_bytes"] for mesh in ("1x1x1x1", "1x1x8x1"))
-    assert eight * 5 < one
+    assert eight * 3 < one
 
 
 @pytest.mark.parametrize(("case", "parts"), [("batch and heads", [1, 2, 1, 1]), ("time", [2, 1, 2, 1])])

@@ -88,13 +88,14 @@ def test_a_stopped_process_is_ended_and_another_of_its_pid_is_not() -> None:
 
 
 @pytest.mark.slow
-def test_a_slice_is_reserved_whole() -> None:
+def test_a_slice_is_reserved_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the TPU path on a Ray whose two nodes carry a slice's labels and resources, but no chips."""
     import ray
     from ray.cluster_utils import Cluster
 
     from actors.group_placement import reserve
 
+    monkeypatch.setenv("TPU_NAME", "slice")  # what a TPU host says of itself
     Path("/tmp/ray").mkdir(exist_ok=True)  # the cluster utility expects it
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:

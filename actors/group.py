@@ -115,11 +115,13 @@ class GroupHandle:
         if pending.generation != self._generation and self._last_loss is not None:
             raise self._last_loss
         self._require_alive()
+        end_s = self._clock() + timeout_s
         try:
             for argument in pending.after:
-                argument.settle(timeout_s)
-            self._await_formed(timeout_s)
-            collect(self._watch, self._members, pending.calls, timeout_s=timeout_s, grace_s=self.spec.heartbeat_s)
+                argument.settle(max(0.0, end_s - self._clock()))
+            self._await_formed(max(0.0, end_s - self._clock()))
+            left_s = max(0.0, end_s - self._clock())
+            collect(self._watch, self._members, pending.calls, timeout_s=left_s, grace_s=self.spec.heartbeat_s)
             return self._members.value(pending.ref) if fetch else None
         except Loss as loss:
             raise self._rebuild(loss) from loss

@@ -65,11 +65,18 @@ class GroupSpec:
         if self.tpu_topology is not None:
             self._check_slice()
 
-    def _check_slice(self) -> None:
+    def _slice_hosts(self) -> tuple[int, float]:
+        """Hosts of all slices, and the chips of one, from Ray's tables."""
         from ray.util.tpu import get_tpu_worker_resources
 
+        hosts, resources = get_tpu_worker_resources(
+            str(self.tpu_topology), str(self.tpu_version), num_slices=self.tpu_slices
+        )
+        return hosts, resources["TPU"]
+
+    def _check_slice(self) -> None:
         try:
-            hosts, _ = get_tpu_worker_resources(self.tpu_topology, self.tpu_version, num_slices=self.tpu_slices)
+            hosts, _ = self._slice_hosts()
         except ValueError as error:
             raise UserError(f"no TPU slice {self.tpu_version} {self.tpu_topology}: {error}") from error
         if hosts != self.processes:
@@ -85,9 +92,7 @@ class GroupSpec:
         if self.num_gpus > 0:
             asked["GPU"] = self.num_gpus
         if self.tpu_topology is not None:
-            from ray.util.tpu import get_tpu_worker_resources
-
-            asked["TPU"] = get_tpu_worker_resources(self.tpu_topology, self.tpu_version)[1]["TPU"]
+            asked["TPU"] = self._slice_hosts()[1]
         elif self.accelerator == "tpu":
             asked["TPU"] = self.devices_per_process
         return asked

@@ -36,7 +36,8 @@ class RayMembers:
         self._reservation = reserve(spec, name)
         # Ray names an actor's class after the Python class: the dashboard shall say "Learner", not "GroupMember".
         cls = type(role.__name__, (GroupMember,), {"__module__": GroupMember.__module__})
-        actor: Any = ray.remote(max_concurrency=1, concurrency_groups={HEARTBEAT_GROUP: 1})(cls)
+        remote: Any = ray.remote
+        actor = remote(max_concurrency=1, concurrency_groups={HEARTBEAT_GROUP: 1})(cls)
         names = [name] if spec.processes == 1 else [f"{name}-{rank}" for rank in range(spec.processes)]
         self._actors = [
             actor.options(name=own, **actor_options(spec, self._reservation.group, rank)).remote(own, rank, spec)

@@ -44,8 +44,13 @@ class Split(Exception):  # noqa: N818
 class Members(Protocol):
     """The processes of one life of a group. A call is whatever `send`, `beat`, `placed` and `formed` hold."""
 
-    placed: Sequence[Any]
-    formed: Sequence[Any]
+    @property
+    def placed(self) -> Sequence[Any]:
+        """Per member, the call that ends once it has its place."""
+
+    @property
+    def formed(self) -> Sequence[Any]:
+        """Per member, the call that ends once it has joined the mesh and constructed its role."""
 
     def send(self, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Sequence[Any]]:
         """Start a method on every member: the call with rank 0's value, and one call per rank that says it has ended."""

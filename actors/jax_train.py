@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.train import Result
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
-from ray.train.v2.api.result import Result
 from ray.train.v2.jax import JaxConfig, JaxTrainer
 from ray.train.v2.jax.config import _JaxBackend
 
@@ -52,7 +52,7 @@ class GroupBackend(_JaxBackend):
     def __init__(self) -> None:
         self._processes: list[Process] = []
 
-    def on_start(self, worker_group: Any, backend_config: GroupJaxConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """Runs before the training function. Raises when the mesh is not there within the start deadline."""
         if backend_config.use_tpu:
             super().on_start(worker_group, backend_config)
@@ -63,7 +63,7 @@ class GroupBackend(_JaxBackend):
         joins = [worker_group.execute_single_async(rank, _join, coordinator, rank, spec) for rank in ranks]
         ray.get(joins, timeout=spec.start_deadline_s)
 
-    def on_shutdown(self, worker_group: Any, backend_config: GroupJaxConfig) -> None:
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         """End the workers that do not answer. The mesh ends with its processes: nobody waits for anybody to leave it."""
         if backend_config.use_tpu:
             super().on_shutdown(worker_group, backend_config)

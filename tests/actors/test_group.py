@@ -94,8 +94,7 @@ def test_a_lost_process_loses_no_step(
     """Guards the group's life: killed or frozen in the middle of a step, and the final weights are the same bits."""
     handle, folder = group
     victims, restarts, lost_s = handle.processes(), handle.restarts, handle.restart_seconds
-    threading.Timer(8.5 * PAUSE_S, os.kill, (victims[rank].pid, number)).start()
-    took_s = time_of_rebuild(handle, folder)
+    took_s = time_of_rebuild(handle, folder, victims[rank].pid, number)
     assert took_s < HEARTBEAT_S + REBUILD_S
     assert handle.restarts == restarts + 1
     assert handle.restart_seconds - lost_s == pytest.approx(took_s, abs=HEARTBEAT_S)
@@ -108,16 +107,25 @@ def test_a_lost_process_loses_no_step(
     np.testing.assert_array_equal(call(handle, "state"), uninterrupted)
 
 
-def time_of_rebuild(handle: GroupHandle, folder: Path) -> float:
-    """Run the job until the group was lost; seconds from the signal (8.5 pauses after the start) to a working group."""
+def time_of_rebuild(handle: GroupHandle, folder: Path, pid: int, number: signal.Signals) -> float:
+    """Begin the job and lose a process in the step after checkpoint 6; seconds from the signal to a working group."""
     for old in folder.glob("*"):
         old.unlink()
     handle.progressed()
-    begun_s = time.monotonic()
+    signalled_s: list[float] = []
+
+    def lose() -> None:
+        while not (folder / "step-0006.npy").exists():
+            time.sleep(0.01)
+        time.sleep(PAUSE_S)
+        signalled_s.append(time.monotonic())
+        os.kill(pid, number)
+
     assert call(handle, "begin") == 0
+    threading.Thread(target=lose, daemon=True).start()
     with pytest.raises(GroupRestartedError, match="begin the job again"):
-        call(handle, "train", 3 * CHUNK, PAUSE_S)
-    return time.monotonic() - begun_s - 8.5 * PAUSE_S
+        call(handle, "train", STEPS, 2 * PAUSE_S)
+    return time.monotonic() - signalled_s[0]
 
 
 def test_the_only_process_of_a_group_is_watched_too(ray: None, tmp_path: Path) -> None:  # noqa: ARG001
@@ -128,8 +136,7 @@ def test_the_only_process_of_a_group_is_watched_too(ray: None, tmp_path: Path) -
     try:
         expected = run_job(handle, tmp_path)
         victim = handle.processes()[0].pid
-        threading.Timer(8.5 * PAUSE_S, os.kill, (victim, signal.SIGSTOP)).start()
-        took_s = time_of_rebuild(handle, tmp_path)
+        took_s = time_of_rebuild(handle, tmp_path, victim, signal.SIGSTOP)
         print(f"\nSIGSTOP of the only process: a working group after {took_s:.1f} s")
         assert took_s < HEARTBEAT_S + REBUILD_S
         assert left_of([victim]) == []

@@ -57,7 +57,7 @@ class Fake:
         return calls[0], calls
 
     def beat(self, rank: int) -> Call:
-        return Call(math.inf if rank in self.frozen else self.clock() + 0.01 + self.sleeps_s)
+        return Call(math.inf if rank in self.frozen else self.clock() + 0.3 + self.sleeps_s)
 
     def ready(self, calls: Sequence[Call], timeout_s: float) -> list[Call]:
         first = min((c.ends_s for c in calls), default=math.inf)

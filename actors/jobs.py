@@ -16,12 +16,16 @@ from afm_rl.sharding import ONE_DEVICE, MeshShape
 class LearnerSetup:
     """How every job of a learner is computed: arithmetic, mesh, and how much of a batch passes through the model at once.
 
+    Of a job's checkpoints the `keep` newest stay, and every one whose number `keep_every` divides.
+
     A batch of more than `microbatch_tokens` positions is cut into microbatches whose gradients are summed; None: never.
     """
 
     compute: Compute = DEFAULT_COMPUTE
     mesh: MeshShape = ONE_DEVICE
     microbatch_tokens: int | None = None
+    keep: int = 2
+    keep_every: int | None = None
 
 
 @dataclass(frozen=True)

@@ -283,7 +283,9 @@ class Learner:
         job = self._require_job()
         if self._checkpoints is not None:
             self._checkpoints.close()
-        self._checkpoints = checkpoint.Checkpoints(job.checkpoint_folder)
+        self._checkpoints = checkpoint.Checkpoints(
+            job.checkpoint_folder, keep=self._setup.keep, keep_every=self._setup.keep_every
+        )
         found = self._checkpoints.latest()
         if found is None:
             return 0

@@ -97,10 +97,15 @@ class SmallModel(Strict):
 
 
 class Checkpoints(Strict):
-    """How often a training job commits a checkpoint: optimizer steps, and iterations of the online loop."""
+    """How often a training job commits a checkpoint (optimizer steps, iterations of the online loop), and what is kept.
+
+    The newest `keep` of a job under way are kept, and for good every checkpoint whose number `keep_every` divides.
+    """
 
     steps: Count = 50
     iterations: Count = 5
+    keep: Count = 2
+    keep_every: Count | None = None
 
 
 class Compute(Strict):

@@ -8,9 +8,10 @@ What cannot be placed is an error at once, not a wait.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +133,8 @@ def learner_setup(topology: Topology) -> LearnerSetup:
         compute=Compute(compute.dtype, compute.remat, compute.attention, compute.logits_per_pass),
         mesh=MeshShape(**topology.actors.learner.mesh.model_dump()),
         microbatch_tokens=compute.microbatch_tokens,
+        keep=topology.checkpoints.keep,
+        keep_every=topology.checkpoints.keep_every,
     )
 
 
@@ -171,12 +174,11 @@ def start(topology: Topology) -> Iterator[System]:
     dashboard = _connect(topology)
     try:
         [learner] = declarations.pop("learner")
-        group = start_group(learner.name, learner.role, learner.kwargs, group_spec(topology))
-        handles: dict[str, list[Any]] = {role: [_ray_actor(d) for d in ds] for role, ds in declarations.items()}
-        handles["learner"] = [group]
-        _await_placement([h for hs in handles.values() for h in hs])
-        yield _system(handles, dashboard, topology.launcher)
-        group.close()
+        with closing(start_group(learner.name, learner.role, learner.kwargs, group_spec(topology))) as group:
+            handles: dict[str, list[Any]] = {role: [_ray_actor(d) for d in ds] for role, ds in declarations.items()}
+            handles["learner"] = [group]
+            _await_placement([h for hs in handles.values() for h in hs])
+            yield _system(handles, dashboard, topology.launcher)
     finally:
         ray.shutdown()
 
@@ -239,7 +241,8 @@ def _await_placement(handles: list[Handle]) -> None:
     """Every actor answers, or the launch fails with the names of those that cannot be placed."""
     for handle in handles:
         try:
-            gather([handle.ping()], deadline_s=PLACEMENT_DEADLINE_S)
+            # A group has a deadline and a message of its own.
+            gather([handle.ping()], deadline_s=math.inf if isinstance(handle, GroupHandle) else PLACEMENT_DEADLINE_S)
         except DeadlineError as error:
             raise UserError(
                 f"actor {handle.name} could not be placed within {PLACEMENT_DEADLINE_S:.0f} s: the cluster lacks the CPUs, "

@@ -167,7 +167,7 @@ def processes(title: str, *, root: int) -> list[int]:
 
 def test_a_mesh_of_two_processes_runs_a_topology(cache, tmp_path):
     """Guards `actors.learner` in the YAML: pre-training under Ray Train and everything after it, on two processes."""
-    mesh = ("actors.learner.processes=2", "actors.learner.mesh.fsdp=2", "actors.learner.mesh.tensor=2")
+    mesh = [f"actors.learner.{key}" for key in ("processes=2", "num_cpus=0.2", "mesh.fsdp=2", "mesh.tensor=2")]
     topology = tmp_path / "mesh.yaml"
     lines = SMOKE.read_text().splitlines(keepends=True)
     stages = ("pretrain", "core", "continued", "context", "sft", "reward_model", "evaluate", "tokenizer")

@@ -149,8 +149,12 @@ class Context:
             self.log_goodput(job, step=steps)
 
         self.once(f"train/{job.task}", lambda: self.on_learner(job, from_step))
-        # The exported policy is journalled: its checkpoints have served.
-        shutil.rmtree(self.checkpoints(job.task), ignore_errors=True)
+        self.drop_checkpoints(job.checkpoint_folder)
+
+    def drop_checkpoints(self, folder: str | Path) -> None:
+        """A job's exported policy is journalled: its checkpoints have served, unless some are to be kept for good."""
+        if self.topology.checkpoints.keep_every is None:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def on_learner(self, job: TrainingJob, work: Callable[[int], T]) -> T:
         """`work(step)` with the job begun, `step` being where its newest checkpoint is; again whenever the learner was lost.

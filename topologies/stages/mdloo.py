@@ -13,7 +13,6 @@ An iteration is a function of (policy, seed, iteration): a resumed loop draws th
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
 
@@ -68,7 +67,7 @@ def train_mdloo(
         call(ctx.system.store, "forget", policy.name)
 
     ctx.once(f"train/{policy.name}", work)
-    shutil.rmtree(ctx.checkpoints(policy.name), ignore_errors=True)
+    ctx.drop_checkpoints(ctx.checkpoints(policy.name))
 
 
 def _iterate(ctx: Context, options: MdlooTraining, iteration: int, *, stage: str, start: Policy, policy: Policy) -> None:

@@ -7,7 +7,6 @@ progress, and measures needle recall at the long length before and after the con
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 from functools import partial
 from pathlib import Path
@@ -114,7 +113,7 @@ def run(ctx: Context, options: PretrainStage) -> StageResult:
 
     results = [PhaseResult(**row) for row in ctx.once("train/pretrain", work)]
     for phase in plan.phases:
-        shutil.rmtree(phase.job.checkpoint_folder, ignore_errors=True)
+        ctx.drop_checkpoints(phase.job.checkpoint_folder)
     recall = _recall(ctx, options)
     figures = [
         Figure(label="tokens", value=sum(r.tokens for r in results)),

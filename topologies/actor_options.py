@@ -51,6 +51,7 @@ class Learner(Strict):
     heartbeat_s: Annotated[float, Field(ge=1)] = 10.0  # a process that gives no sign of life for so long is lost
     max_restarts: CountOrZero = 3  # of the group, without a new checkpoint in between
     start_deadline_s: Positive = 120.0
+    call_deadline_s: Positive = 3600.0  # of one call: ten steps, an update, an export; processes that live but hang end here
 
     @model_validator(mode="after")
     def _check(self) -> Learner:

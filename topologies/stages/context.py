@@ -141,7 +141,7 @@ class Context:
             with self.progress.task(job.task, total=steps, done=start) as bar:
                 for first in range(start, steps, STEPS_PER_CALL):
                     chunk = range(first, min(first + STEPS_PER_CALL, steps))
-                    rows = call(self.system.learner, "train", [batches(step) for step in chunk])
+                    rows = self.learner("train", [batches(step) for step in chunk])
                     for step, row in zip(chunk, rows, strict=True):
                         self.metrics.log(stage=stage, task=job.task, step=step, values=row)
                     bar.advance(len(chunk))
@@ -162,22 +162,31 @@ class Context:
         A learner that loses a process is built anew without its state. Its budget of restarts is whole again once a later
         checkpoint was reached.
         """
-        learner, reached = self.system.learner, 0
+        reached = 0
         while True:
             try:
-                start = call(learner, "begin", job)
-                if isinstance(learner, GroupHandle) and start > reached:
-                    learner.progressed()
+                start = self.learner("begin", job)
+                if start > reached:
+                    self._learner_progressed()
                 reached = start
-                return work(start)
+                result = work(start)
+                self._learner_progressed()
+                return result
             except GroupRestartedError as error:
                 log.warning("%s", error)
                 self.progress.say(f"  {error}")
 
+    def learner(self, method: str, *args: Any) -> Any:
+        """One call of the learner, waited for as long as the topology allows."""
+        return call(self.system.learner, method, *args, deadline_s=self.topology.actors.learner.call_deadline_s)
+
+    def _learner_progressed(self) -> None:
+        if isinstance(self.system.learner, GroupHandle):
+            self.system.learner.progressed()
+
     def log_goodput(self, job: TrainingJob, *, step: int) -> None:
         """Where the job's time went, as metrics of their own (`afm_rl/goodput.py`)."""
-        learner = self.system.learner
-        values = call(learner, "goodput")
+        learner, values = self.system.learner, self.learner("goodput")
         restarts_s = learner.restart_seconds if isinstance(learner, GroupHandle) else 0.0
         values["restart_s"] = restarts_s - self._restarts_s
         self._restarts_s = restarts_s
@@ -186,7 +195,7 @@ class Context:
     def export(self, job: TrainingJob, policy: Policy) -> None:
         """Write what the learner trained as `policy`'s folder."""
         tokenizer = str(self.tokenizer_folder) if job.part == "policy" else None
-        call(self.system.learner, "export", str(policy.folder), tokenizer)
+        self.learner("export", str(policy.folder), tokenizer)
 
     def spec(self, policy: Policy) -> PolicySpec:
         """Shape and end tokens of a policy folder."""

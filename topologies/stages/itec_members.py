@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.host import call
 from actors.jobs import TrainingJob
 from afm_rl.packing import Batch
 from afm_rl.recipe import OptimizerSpec
@@ -96,7 +95,7 @@ def _reference_logps(ctx: Context, rows: Batch) -> np.ndarray:
     for first in range(0, count, REFERENCE_ROWS):
         index = np.arange(first, first + REFERENCE_ROWS) % count  # the last chunk wraps round, to keep one shape
         batch = {name: rows[name][index] for name in ("tokens_BT", "mask_BT")}
-        sums.append(call(ctx.system.learner, "log_probs", batch, "reference").sum(-1))
+        sums.append(ctx.learner("log_probs", batch, "reference").sum(-1))
     return np.concatenate(sums)[:count].astype(np.float32)
 
 

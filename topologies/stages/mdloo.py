@@ -96,7 +96,7 @@ def _iterate(ctx: Context, options: MdlooTraining, iteration: int, *, stage: str
         temperature=options.temperature,
         microbatch=options.microbatch,
     )
-    metrics = call(ctx.system.learner, "update_mdloo", iteration, scored, settings)
+    metrics = ctx.learner("update_mdloo", iteration, scored, settings)
     updated = time.perf_counter()
     tokens = sum(len(response) for group in groups for response in group.responses)
     ctx.metrics.log(

@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from actors.host import call
 from actors.jobs import TrainingJob
 from actors.pretraining import held_out_rows
 from afm_rl.config import ModelConfig
@@ -199,7 +198,7 @@ def _measured(ctx: Context, policy: Policy) -> dict[str, list[float]]:
             checkpoint_folder=str(ctx.checkpoints(f"measure-{policy.name}")),
             init=str(policy.folder),
         )
-        held_out = ctx.on_learner(job, lambda _: call(ctx.system.learner, "held_out", rows))
+        held_out = ctx.on_learner(job, lambda _: ctx.learner("held_out", rows))
         return {name: [of.loss, of.accuracy] for name, of in held_out.items()}
 
     return ctx.once(f"losses/{policy.name}", work)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from actors.artifacts import load_artifact, save_artifact
-from actors.host import call, gather, spread
+from actors.host import gather, spread
 from actors.jobs import TrainingJob
 from actors.quantizer import PalettizeRequest
 from afm_rl.quantized import dequantize_params
@@ -173,7 +173,7 @@ def _fisher(ctx: Context, options: QuantizeStage, source: Policy) -> dict[str, n
         ctx.tokenizer, post_training_data(ctx), length=length, batch=SENSITIVITY_BATCH, seed=ctx.seed
     )
     measured_on = [batches(step) for step in range(options.sensitivity_batches)]
-    return ctx.on_learner(job, lambda _: call(ctx.system.learner, "fisher", measured_on))
+    return ctx.on_learner(job, lambda _: ctx.learner("fisher", measured_on))
 
 
 def _candidates(

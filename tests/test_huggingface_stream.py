@@ -104,6 +104,7 @@ def test_every_layout_on_eight_devices(checkpoint, tmp_path):
     assert_same(load_params(tmp_path / "saved", dtype="bfloat16")[1], load_params(checkpoint, dtype="bfloat16")[1])
 
 
+@pytest.mark.slow
 def test_memory_is_never_doubled(checkpoint, tmp_path):
     """The kernel's own peak, mapped file pages included, is the final arrays and little more (a second copy: 98 MiB)."""
     save_pretrained(draw(LARGE, "bfloat16"), tmp_path, config=LARGE)

@@ -261,6 +261,7 @@ def test_export_casts_and_splits(foreign_tokenizer, run, tmp_path, capsys):
             cli.main(["export", "one", "sft", str(tmp_path / "no"), "--max-shard-size", size])
 
 
+@pytest.mark.slow
 def test_generate_with_a_foreign_tokenizer(foreign_tokenizer, run, capsys):
     """The whole way from a prompt through a chat template to text."""
     foreign_folder(foreign_tokenizer, run.policies / "sft" / "0")

@@ -47,8 +47,8 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _METADATA = "__metadata__"
 #: The library refuses longer headers; so do we, rather than allocate what a damaged length asks for.
 _MAX_HEADER_BYTES = 100_000_000
-#: Scratch of a read that casts or picks columns.
-_SCRATCH_BYTES = 8 << 20
+#: Scratch of a read that casts or picks columns: it stays in a core's cache.
+_SCRATCH_BYTES = 1 << 20
 #: Parts of rows shorter than this are not read one by one: the disk and the page cache work in pages anyway.
 _PAGE_BYTES = 4096
 

@@ -14,6 +14,7 @@ file pages, which belong to nobody, are not in it.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import re
 import statistics
@@ -54,8 +55,8 @@ def main() -> None:
 
 def write_checkpoint(folder: Path, gib: float) -> int:
     """A random bfloat16 model of 24 layers and about `gib` GiB in files of 512 MiB; returns its largest tensor's bytes."""
-    dim = int(np.sqrt(gib * 2**30 / 2 / (24 * 11.5 + 24)) // 128 * 128)
-    config = ModelConfig(24 * dim, dim, 3 * dim, 24, dim // 128, max(1, dim // 512), 128)
+    dim = max(1, round(np.sqrt(gib * 2**30 / 2 / (24 * 11.5 + 24)) / 512)) * 512
+    config = ModelConfig(24 * dim, dim, 3 * dim, 24, dim // 128, dim // 512, 128)
     rng = np.random.default_rng(0)
 
     def lazy(shape: tuple[int, ...]) -> LazyArray:
@@ -73,6 +74,7 @@ def measure(folder: Path, dtype: str, repeat: int, largest_bytes: int) -> list[d
     files = sorted(folder.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
     load_pretrained(folder, dtype)
+    gc.collect()  # modules hold references to themselves
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = resident_bytes("VmRSS")
     model = load_pretrained(folder, dtype)
@@ -80,6 +82,7 @@ def measure(folder: Path, dtype: str, repeat: int, largest_bytes: int) -> list[d
     peak, after = resident_bytes("VmHWM") - before, resident_bytes("VmRSS") - before
     arrays = sum(leaf.nbytes for _, leaf in leaves(model.params))
     del model
+    gc.collect()
     loads, reads = [], []
     for _ in range(repeat):
         start = time.perf_counter()
@@ -87,6 +90,7 @@ def measure(folder: Path, dtype: str, repeat: int, largest_bytes: int) -> list[d
         jax.block_until_ready(model.params)
         loads.append(time.perf_counter() - start)
         del model
+        gc.collect()
         start = time.perf_counter()
         read = [np.fromfile(file, np.uint8) for file in files]
         reads.append(time.perf_counter() - start)

@@ -130,6 +130,8 @@ def test_where_templates_are_found(folder, tokenizer):
     (folder / "chat_template.jinja").write_text(marked)
     text = Tokenizer.load(folder).decode(Tokenizer.load(folder).encode_chat([Message("user", "é<b>")]))
     assert text == '[{"role": "user", "content": "é<b>"}]4'
+    (folder / "chat_template.jinja").write_text("{% if true %}\n  {% if true %}\nx\n  {% endif %}\n{% endif %}")
+    assert Tokenizer.load(folder).encode_chat(CHAT) == tokenizer.encode("x\n")  # lines of blocks alone leave nothing
     (folder / "chat_template.jinja").write_text("{% if %}")
     with pytest.raises(TokenizerError, match="chat template does not parse"):
         Tokenizer.load(folder)

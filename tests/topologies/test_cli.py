@@ -149,7 +149,9 @@ def test_export_copies_whole_or_not_at_all(run, tmp_path, capsys):
     source.mkdir(parents=True)
     (source / "config.json").write_text('{"a": 1}')
     assert cli.main(["export", "one", "sft", str(tmp_path / "out" / "model")]) == 0
-    assert capsys.readouterr().out == f"{tmp_path}/out/model\n"
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == f"{tmp_path}/out/model"
+    assert shown[1].startswith("next: ")
     assert (tmp_path / "out" / "model" / "config.json").read_text() == '{"a": 1}'
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["model"]
     assert cli.main(["export", "one", "sft", str(tmp_path / "out" / "model")]) == 2
@@ -176,3 +178,93 @@ def test_usage_errors_are_code_two(arguments, capsys):
         cli.main(arguments)
     assert caught.value.code == 2
     assert "usage: afm-rl" in capsys.readouterr().err
+
+
+def foreign_folder(tokenizer_folder: Path, folder: Path, *, vocab_size: int = 1024) -> Path:
+    """Someone else's model: random weights with the tokenizer's files of `tokenizer_folder`."""
+    import jax
+
+    from afm_rl.huggingface import save_pretrained
+    from afm_rl.parameters import init_params
+    from afm_rl.tokenizer import Tokenizer
+
+    config = PRESETS["tiny"].replace(vocab_size=vocab_size, dim=32, ffn_dim=32, num_layers=1)
+    params = init_params(config, jax.random.key(0))
+    save_pretrained(params, folder, config=config, tokenizer=Tokenizer.load(tokenizer_folder))
+    return folder
+
+
+def test_import_checks_and_copies(foreign_tokenizer, tmp_path, capsys):
+    """A policy folder comes out, with figures for people and for scripts; nothing is overwritten."""
+    from afm_rl.huggingface import load_params
+    from afm_rl.tokenizer import Tokenizer
+
+    source = foreign_folder(foreign_tokenizer, tmp_path / "source")
+    assert cli.main(["import", str(source), str(tmp_path / "policy")]) == 0
+    shown = capsys.readouterr().out
+    assert "tokenizer.json, 800 entries" in shown
+    assert "chat template  yes" in shown
+    assert shown.splitlines()[-1].startswith("next: put 'model: {huggingface:")
+    assert "afm-rl plan FILE" in shown
+    assert (tmp_path / "policy" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    assert Tokenizer.load(tmp_path / "policy").fingerprint == Tokenizer.load(source).fingerprint
+    assert cli.main(["import", str(source), str(tmp_path / "policy")]) == 2
+    assert "exists; give a folder that does not" in capsys.readouterr().err
+    assert cli.main(["import", str(source), str(tmp_path / "half"), "--dtype", "bfloat16", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    config, _ = load_params(tmp_path / "half")
+    assert (row["dtype"], row["parameters"], row["chat_template"]) == ("bfloat16", config.num_params, True)
+    assert row["bytes"] == 2 * config.num_params
+
+
+def test_import_refuses_in_one_line(foreign_tokenizer, tmp_path, capsys):
+    """Configuration, tensors and tokenizer are all checked, and nothing is left behind."""
+    source = foreign_folder(foreign_tokenizer, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    weights = (source / "model.safetensors").read_bytes()
+
+    def refused(message: str) -> None:
+        assert cli.main(["import", str(source), str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+        assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+    (source / "config.json").write_text(json.dumps(config | {"attention_bias": True}))
+    refused("attention_bias = True")
+    (source / "config.json").write_text(json.dumps(config | {"vocab_size": 700}))
+    refused("the tokenizer has 800 entries, the model only 700")
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "model.safetensors").write_bytes(weights[:-8])
+    refused("truncated")
+    (source / "model.safetensors").unlink()
+    refused("neither model.safetensors nor model.safetensors.index.json")
+    (source / "tokenizer.json").unlink()
+    refused("has no tokenizer")
+
+
+def test_export_casts_and_splits(foreign_tokenizer, run, tmp_path, capsys):
+    """A foreign policy of a run leaves in another dtype and in several files, its tokenizer with it."""
+    from afm_rl.huggingface import load_params
+
+    source = foreign_folder(foreign_tokenizer, run.policies / "sft" / "0")
+    command = ["export", "one", "sft", str(tmp_path / "out"), "--dtype", "bfloat16", "--max-shard-size", "40kB"]
+    assert cli.main(command) == 0
+    assert "next: " in capsys.readouterr().out
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    theirs, ours = (load_params(folder, dtype="bfloat16")[1] for folder in (source, tmp_path / "out"))
+    assert (theirs["layers"]["q"] == ours["layers"]["q"]).all()
+    assert cli.main(["export", "one", "sft", str(tmp_path / "empty"), "--dtype", "float32"]) == 0
+    for size in ("0", "5XB", "large"):
+        with pytest.raises(SystemExit):
+            cli.main(["export", "one", "sft", str(tmp_path / "no"), "--max-shard-size", size])
+
+
+@pytest.mark.slow
+def test_generate_with_a_foreign_tokenizer(foreign_tokenizer, run, capsys):
+    """The whole way from a prompt through a chat template to text."""
+    foreign_folder(foreign_tokenizer, run.policies / "sft" / "0")
+    ask = ["generate", "one", "--policy", "sft", "--prompt", "3 + 4", "--max-tokens", "3", "--json"]
+    assert cli.main(ask) == 0
+    assert 1 <= json.loads(capsys.readouterr().out)["tokens"] <= 3

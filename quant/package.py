@@ -2,7 +2,7 @@
 
     manifest.json            shape, bits of every operation, sizes, SHA-256 of every file (and of itself)
     palettized.safetensors   per operation: packed indices and lookup table; int8 embedding and scales; norms
-    tokenizer.model
+    tokenizer.model          or the files of a foreign tokenizer
     adapters/NAME/           LoRA adapters in PEFT's layout (`quant/adapter.py`), added and replaced at any time
 
 Indices are packed at their own width, lowest bits first. The layout is ours: the paper's runs on Apple's Neural Engine.

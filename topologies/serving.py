@@ -31,7 +31,7 @@ from actors.server import ChatServer
 from actors.server_app import build_app
 from actors.server_backend import AdapterBackend
 from afm_rl.errors import UserError
-from afm_rl.tokenizer import has_tokenizer
+from afm_rl.tokenizer import FAST_FILE, SENTENCEPIECE_FILE
 from quant.package import is_package
 from topologies.run_folder import RunFolder
 from topologies.stage_options import QuantizeStage
@@ -134,7 +134,7 @@ def served_folder(run_path: str | os.PathLike[str]) -> Path:
             if is_package(package):
                 return package
     # A policy has its tokenizer beside it; a reward model has none.
-    policies = [path for path in run.policies.glob("*/*/config.json") if has_tokenizer(path.parent)]
+    policies = [path for name in (SENTENCEPIECE_FILE, FAST_FILE) for path in run.policies.glob(f"*/*/{name}")]
     if not policies:
         raise UserError(
             f"{run.path} has no package and no policy: nothing to serve yet; let `afm-rl launch` get as far as the sft "

@@ -14,8 +14,7 @@ import pytest
 from afm_rl.generate import Generator
 from afm_rl.huggingface import load_pretrained
 from afm_rl.huggingface_files import places
-from afm_rl.model import forward, logits
-from afm_rl.objectives.supervised import cross_entropy
+from afm_rl.policy_losses import supervised
 from afm_rl.types import GenerationRequest
 from afm_rl.weights import leaves
 
@@ -44,8 +43,8 @@ def loss_and_grads(oracle, model):
     assert mask_BT.sum() == oracle["token_valid"].sum()
 
     def loss(params):
-        hidden_BTD, _ = forward(params, tokens_BT, config=model.config)
-        return cross_entropy(logits(params, hidden_BTD, model.config), tokens_BT, mask_BT)[0]
+        batch = {"tokens_BT": tokens_BT, "mask_BT": mask_BT}
+        return supervised(model.config)(params, {}, batch, jax.random.key(0))[0]
 
     value, grads = jax.jit(jax.value_and_grad(loss))(model.params)
     ours = dict(leaves(grads))

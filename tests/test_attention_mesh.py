@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
-PROGRAM = Path(__file__).with_name("mesh_attention_program.py")
+pytestmark = pytest.mark.slow
+
+PROGRAM = Path(__file__).parent / "programs" / "mesh_attention.py"
 FAST_MESHES = ("2x2x2x1", "1x1x8x1", "1x1x4x2", "2x1x2x2")
 MESHES = ("1x8x1x1", "2x2x2x1", "1x2x2x2", "1x1x8x1", "1x1x4x2", "2x1x2x2")
 
@@ -94,14 +96,12 @@ def test_types_pass_through(facts: dict[str, Any]) -> None:
     assert facts["bfloat16"] == ["bfloat16"] * 4
 
 
-@pytest.mark.slow
 def test_splash_over_a_mesh(slow_facts: dict[str, Any]) -> None:
     """Guards the block tables that each device gets: interpreted splash over seq 2, tensor 2, with packed documents."""
     assert slow_facts["splash"]["difference"] < 5e-6
     assert slow_facts["splash"]["parts"] == [1, 2, 2, 1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_mesh_without_segments_in_chunks_and_in_float32(slow_facts: dict[str, Any], mesh: str) -> None:
     """Guards the combinations that the fast tests leave out."""
@@ -111,7 +111,6 @@ def test_every_mesh_without_segments_in_chunks_and_in_float32(slow_facts: dict[s
     assert slow_facts["float32"][mesh]["difference"] < 2e-6
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("heads", ["K=1", "K=4"])
 def test_one_and_as_many_kv_heads_as_devices(slow_facts: dict[str, Any], heads: str) -> None:
     """Guards both ends of the kv heads' cut over 4 devices."""

@@ -93,6 +93,7 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_layout_on_eight_devices(checkpoint, tmp_path):
     """Bits and shardings as asked, same dtype and cast; saving the shards gives the checkpoint."""
     child = run_child("layouts", checkpoint, tmp_path, devices=8)

@@ -239,7 +239,9 @@ def test_initialisation() -> None:
     assert not np.array_equal(layers["gate"], start(config, jax.random.key(1))["layers"]["gate"])
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "names"])
+@pytest.mark.parametrize(
+    "remat", [pytest.param("full", marks=pytest.mark.slow), pytest.param("dots", marks=pytest.mark.slow), "names"]
+)
 def test_rematerialisation_changes_memory_only(remat: str) -> None:
     """Guards the policies: the same gradients, from a program that keeps less between its passes."""
     config = ModelConfig(16, 32, 64, 10, 2, 1, 16)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from afm_rl.errors import UserError
+from afm_rl.malloc import ACTOR_TUNABLES, LEARNER_TUNABLES
 
 Accelerator = Literal["cpu", "gpu", "tpu"]
 #: JAX's name for each kind of accelerator.
@@ -112,11 +113,14 @@ class GroupSpec:
 
 
 def environment(spec: GroupSpec, present: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Environment of a member: its platform, and on CPU its count of virtual devices beside the flags already present."""
+    """Environment of a member: its platform; on CPU its count of virtual devices beside the flags already present, and an
+    allocator that keeps a step's memory for the next one, unless the user has set the allocator himself."""
     variables = {"JAX_PLATFORMS": PLATFORMS[spec.accelerator]}
     if spec.accelerator == "cpu":
         kept = [flag for flag in present.get("XLA_FLAGS", "").split() if not flag.startswith(DEVICE_COUNT_FLAG)]
         variables["XLA_FLAGS"] = " ".join([*kept, f"{DEVICE_COUNT_FLAG}={spec.devices_per_process}"])
+        if present.get("GLIBC_TUNABLES", ACTOR_TUNABLES) == ACTOR_TUNABLES:
+            variables["GLIBC_TUNABLES"] = LEARNER_TUNABLES
     return variables
 
 

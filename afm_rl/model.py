@@ -24,7 +24,7 @@ from afm_rl.decode_attention import decode_attention
 from afm_rl.dense import dense
 from afm_rl.parameters import Params
 from afm_rl.quantized import Int8Embedding
-from afm_rl.sharding import BATCH, constrain
+from afm_rl.sharding import BATCH, constrain, current_mesh
 
 #: On CPU, layers are unrolled up to this depth: faster, at the price of compile time.
 MAX_UNROLLED_LAYERS = 8
@@ -54,14 +54,59 @@ def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
     return (x32 * scale * gain).astype(x.dtype)
 
 
-def rope(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
-    """Rotary embedding on half-split pairs. x [..., heads, H], positions [...] (the axes of x before heads)."""
-    half = x.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+@jax.custom_vjp
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up in float32, rounded once to the inputs' type; the gradient keeps nothing but the inputs."""
+    wide = jnp.promote_types(gate.dtype, jnp.float32)
+    return (jax.nn.silu(gate.astype(wide)) * up.astype(wide)).astype(gate.dtype)
+
+
+def _swiglu_forward(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return swiglu(gate, up), (gate, up)
+
+
+def _swiglu_backward(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    wide = jnp.promote_types(g.dtype, jnp.float32)
+    gate, up, wide_g = (x.astype(wide) for x in (*kept, g))
+    sigmoid = jax.nn.sigmoid(gate)
+    gate_gradient = wide_g * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    return gate_gradient.astype(g.dtype), (wide_g * gate * sigmoid).astype(g.dtype)
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of the rotary embedding's angles, float32 [..., 1, H / 2]: one for all layers, queries and keys."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rotation(positions: jax.Array, config: ModelConfig) -> Rotation:
+    """The rotation of every position. positions [...] int32 -> [..., 1, H / 2]."""
+    half = config.head_dim // 2
+    frequency = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions.astype(jnp.float32)[..., None, None] * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return Rotation(jnp.cos(angle), jnp.sin(angle))
+
+
+def rope(x: jax.Array, angles: Rotation) -> jax.Array:
+    """Rotary embedding on half-split pairs. x [..., heads, H]; `angles` of the axes of x before heads."""
+    cos, sin = angles
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+def _stored(angles: Rotation, tokens_BT: jax.Array) -> Rotation:
+    """The same angles, computed once: XLA on CPU would compute every cosine again for each head of each unrolled layer.
+
+    It fuses whatever is cheap to write down into all its users, but never through a branch it cannot predict: tokens are
+    not negative, which only we know. Both branches give the same values.
+    """
+    if jax.default_backend() != "cpu" or current_mesh() is not None:
+        return angles
+    return jax.lax.cond(tokens_BT[0, 0] >= 0, lambda a: a, lambda a: Rotation(a.cos + 0.0 * a.sin, a.sin), angles)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -77,7 +122,7 @@ def block(
     layer: Params,
     *,
     config: ModelConfig,
-    positions: jax.Array,
+    angles: Rotation,
     attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]],
     dropout_rate: float = 0.0,
     key: jax.Array | None = None,
@@ -90,14 +135,14 @@ def block(
         q = dense(h, layer["q"], split="out").reshape(*lead, config.num_heads, H)
         k = dense(h, layer["k"], split="out").reshape(*lead, config.num_kv_heads, H)
         v = dense(h, layer["v"], split="out").reshape(*lead, config.num_kv_heads, H)
-        q = rope(rms_norm(q, layer["q_norm"], config.norm_eps), positions, config.rope_base)
-        k = rope(rms_norm(k, layer["k_norm"], config.norm_eps), positions, config.rope_base)
+        q = rope(rms_norm(q, layer["q_norm"], config.norm_eps), angles)
+        k = rope(rms_norm(k, layer["k_norm"], config.norm_eps), angles)
         mixed, carry = attend(q, k, v)
         out = dense(mixed.reshape(*lead, config.num_heads * H), layer["o"], split="in")
         x = x + dropout(checkpoint_name(out, "attention"), dropout_rate, attn_key)
     with jax.named_scope("mlp"):
         h = rms_norm(x, layer["mlp_norm"], config.norm_eps)
-        h = jax.nn.silu(dense(h, layer["gate"], split="out")) * dense(h, layer["up"], split="out")
+        h = swiglu(dense(h, layer["gate"], split="out"), dense(h, layer["up"], split="out"))
         if "ffn_mask" in layer:  # Soft-Top-K masks over the FFN hidden units while they are being learnt (3.2.1, pruning)
             h = h * layer["ffn_mask"].astype(h.dtype)
         out = dense(h, layer["down"], split="in")
@@ -119,6 +164,7 @@ def forward(
     """Whole sequences -> (hidden_BTD after the final norm, keys and values [L, B, T, K, H] if `keep_cache` else None)."""
     T = tokens_BT.shape[1]
     positions = jnp.broadcast_to(jnp.arange(T), tokens_BT.shape) if positions_BT is None else positions_BT
+    angles = _stored(rotation(positions, config), tokens_BT)
     embed_key, layers_key = jax.random.split(key) if key is not None and dropout_rate > 0 else (None, None)
     x = jnp.take(constrain(embedding_table(params), "tensor", None), tokens_BT, axis=0).astype(compute.dtype)
     x = dropout(constrain(x, BATCH, "seq", None), dropout_rate, embed_key)
@@ -129,9 +175,7 @@ def forward(
 
     def body(x: jax.Array, layer_and_key: Any) -> tuple[jax.Array, Any]:
         layer, layer_key = layer_and_key
-        x, cache = block(
-            x, layer, config=config, positions=positions, attend=attend, dropout_rate=dropout_rate, key=layer_key
-        )
+        x, cache = block(x, layer, config=config, angles=angles, attend=attend, dropout_rate=dropout_rate, key=layer_key)
         return constrain(x, BATCH, "seq", None), cache
 
     L = config.num_layers
@@ -176,6 +220,7 @@ def decode_step(
 ) -> tuple[jax.Array, KVCache]:
     """Token number `step` of every response -> (float32 logits_PGV for the next one, cache with its keys and values)."""
     positions_PG = jnp.broadcast_to(prompt_length_P[:, None] + step, tokens_PG.shape)
+    angles = rotation(positions_PG, config)
     x = jnp.take(embedding_table(params), tokens_PG, axis=0).astype(cache.prompt_k[0].dtype)
     visible_PS = jnp.arange(cache.prompt_k[0].shape[1]) < prompt_length_P[:, None]
     response_k, response_v = list(cache.response_k), list(cache.response_v)
@@ -196,7 +241,7 @@ def decode_step(
             )
             return mixed, (all_k, all_v)
 
-        x, (response_k[index], response_v[index]) = block(x, layer, config=config, positions=positions_PG, attend=attend)
+        x, (response_k[index], response_v[index]) = block(x, layer, config=config, angles=angles, attend=attend)
     hidden = rms_norm(x, params["final_norm"], config.norm_eps)
     cache = cache._replace(response_k=tuple(response_k), response_v=tuple(response_v))
     return logits(params, hidden, config), cache

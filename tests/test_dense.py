@@ -118,7 +118,7 @@ print("devices", len(dw.sharding.device_set))
 
 
 def test_gradients_on_eight_devices() -> None:
-    """Activations sharded over batch and time, the weight over its outputs: the same gradients."""
+    """Activations sharded over batch and time, weights over their outputs: the gradients of one."""
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     env["PYTHONPATH"] = str(ROOT)
     ran = subprocess.run([sys.executable, "-c", SHARDED], env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -16,7 +16,7 @@ import afm_rl.model as model_module
 from afm_rl.compute import Compute
 from afm_rl.config import PRESETS, ModelConfig
 from afm_rl.lora import PROJECTIONS, attach
-from afm_rl.model import Transformer, dropout, forward, logits, rms_norm, rope
+from afm_rl.model import Transformer, dropout, forward, logits, rms_norm, rope, rotation, swiglu
 from afm_rl.parameters import Params, ParamSpec, init_params, param_specs
 
 CONFIG = ModelConfig(19, 16, 24, 2, 4, 2, 6, rope_base=100.0, max_positions=64)
@@ -154,7 +154,7 @@ def test_rope_is_relative() -> None:
     q, k = np.random.default_rng(1).normal(size=(2, 1, 6)).astype(np.float32)
 
     def at(x: np.ndarray, position: int) -> np.ndarray:
-        return np.asarray(rope(jnp.asarray(x), jnp.int32(position), 100.0))
+        return np.asarray(rope(jnp.asarray(x), rotation(jnp.int32(position), CONFIG)))
 
     np.testing.assert_allclose(at(q, 7), np_rope(q.astype(np.float64), 7, 100.0), atol=1e-5)
     np.testing.assert_array_equal(at(q, 0), q)
@@ -259,3 +259,24 @@ def test_rematerialisation_changes_memory_only(remat: str) -> None:
     assert kept_bytes(Compute(remat=remat)) < 0.9 * kept_bytes(Compute())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown rematerialisation policy 'some'; known: none, full, dots, names"):
         gradient(params, Compute(remat="some"))  # type: ignore[arg-type]
+
+
+def test_swiglu_and_its_gradient() -> None:
+    """silu(gate) * up and both derivatives against float64 NumPy; in bfloat16, one rounding of each."""
+    rng = np.random.default_rng(3)
+    gate, up, g = (np.asarray(jnp.asarray(rng.normal(size=(4, 6)), jnp.bfloat16), np.float64) for _ in range(3))
+    sigmoid = 1 / (1 + np.exp(-gate))
+    expected = gate * sigmoid * up, g * up * (sigmoid + gate * sigmoid * (1 - sigmoid)), g * gate * sigmoid
+    for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 2.0**-8)):
+        out, pull = jax.vjp(swiglu, jnp.asarray(gate, dtype), jnp.asarray(up, dtype))
+        for ours, exact in zip((out, *pull(jnp.asarray(g, dtype))), expected, strict=True):
+            assert ours.dtype == dtype
+            np.testing.assert_allclose(np.asarray(ours, np.float64), exact, rtol=tolerance, atol=1e-6)
+
+
+def test_rotation_is_computed_once() -> None:
+    """XLA on CPU leaves one cosine in the program of all layers, not one for each user of it."""
+    params = init_params(CONFIG, jax.random.key(0))
+    tokens = jnp.zeros((2, 5), jnp.int32)
+    program = jax.jit(lambda params, tokens: forward(params, tokens, config=CONFIG)[0]).lower(params, tokens).compile()
+    assert program.as_text().count(" cosine(") == 1

@@ -26,6 +26,7 @@ from actors.sampler import Committee, Sampler
 from actors.weights import WeightStore
 from afm_rl.compute import Compute
 from afm_rl.errors import UserError
+from afm_rl.malloc import ACTOR_TUNABLES
 from afm_rl.sharding import MeshShape
 from topologies.schema import Topology
 
@@ -33,9 +34,6 @@ from topologies.schema import Topology
 OBJECT_STORE_BYTES = 512 * 2**20
 #: Rows that share a lookup table (5.2), where no stage says otherwise.
 PAPER_GROUP_SIZE = 16
-#: A training step on CPU allocates its intermediates anew, a hundred megabytes a time: mapped in huge pages, that costs
-#: a fifth of the step less (docs/measurements.md). Read by glibc (2.35 or later) when a process starts, else ignored.
-MALLOC_TUNABLES = "glibc.malloc.hugetlb=1"
 #: Seconds a cluster may take to place an actor before the launch fails.
 PLACEMENT_DEADLINE_S = 120.0
 
@@ -221,7 +219,7 @@ def _connect(topology: Topology) -> str | None:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     address = "local" if topology.launcher == "local" else topology.address or "auto"
     if address == "local":
-        os.environ.setdefault("GLIBC_TUNABLES", MALLOC_TUNABLES)  # the processes that Ray starts here inherit it
+        os.environ.setdefault("GLIBC_TUNABLES", ACTOR_TUNABLES)  # the processes that Ray starts here inherit it
     local_only: dict[str, Any] = (
         {"include_dashboard": True, "object_store_memory": OBJECT_STORE_BYTES} if address == "local" else {}
     )

@@ -14,6 +14,7 @@ from actors.group_member import Process, end_process, identity_of
 from actors.group_placement import GroupSpec, environment, slice_environment
 from actors.jax_train import scaling
 from afm_rl.errors import UserError
+from afm_rl.malloc import ACTOR_TUNABLES, LEARNER_TUNABLES
 
 
 def test_virtual_devices_keep_the_flags_already_there() -> None:
@@ -124,3 +125,10 @@ def test_a_slice_is_reserved_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+def test_a_learner_on_cpu_keeps_its_memory() -> None:
+    """Guards the allocator: set for the learner, unless the user set one; what other actors have by default does not count."""
+    assert environment(GroupSpec(), {})["GLIBC_TUNABLES"] == LEARNER_TUNABLES
+    assert environment(GroupSpec(), {"GLIBC_TUNABLES": ACTOR_TUNABLES})["GLIBC_TUNABLES"] == LEARNER_TUNABLES
+    assert "GLIBC_TUNABLES" not in environment(GroupSpec(), {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=2"})

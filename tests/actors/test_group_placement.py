@@ -128,7 +128,7 @@ def test_a_slice_is_reserved_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_learner_on_cpu_keeps_its_memory() -> None:
-    """Guards the allocator: set for the learner unless the user set one; the other actors' default does not count as such."""
+    """Guards the allocator: set for the learner unless the user set one; the other actors' default is no such wish."""
     assert environment(GroupSpec(), {})["GLIBC_TUNABLES"] == LEARNER_TUNABLES
     assert environment(GroupSpec(), {"GLIBC_TUNABLES": ACTOR_TUNABLES})["GLIBC_TUNABLES"] == LEARNER_TUNABLES
     assert "GLIBC_TUNABLES" not in environment(GroupSpec(), {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=2"})

@@ -17,6 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -178,29 +179,24 @@ def ratio_rows(part: str, unit: str, values: dict[str, float], *, higher_is_bett
     return rows
 
 
-def measure_train(args: argparse.Namespace) -> list[Row]:
-    """Tokens/s and MFU of both sizes, and the parts of a small step."""
+def measure_train(args: argparse.Namespace) -> Iterator[Row]:
+    """Tokens/s and MFU of both sizes, peak memory at small, and the parts of a step."""
     gflops = ask({"kind": "peak", "shape": SHAPES["tiny"], "dtype": "bfloat16"})["gflops"]
-    rows: list[Row] = [
-        {"part": "peak", "name": "matrix product, bfloat16 to float32", "value": round(gflops), "unit": "GFLOP/s"}
-    ]
+    yield {"part": "peak", "name": "matrix product, bfloat16 to float32", "value": round(gflops), "unit": "GFLOP/s"}
     for size in args.sizes:
         everyone = race(size, args)
         speeds = {name: BATCH * TOKENS / statistics.median(c.seconds) for name, c in everyone.items()}
-        rows += ratio_rows(f"train {size}", "tokens/s", speeds, higher_is_better=True)
+        yield from ratio_rows(f"train {size}", "tokens/s", speeds, higher_is_better=True)
         others = max(0.0, statistics.median(share for c in everyone.values() for share in c.others))
-        rows.append(
-            {"part": f"others {size}", "name": "cores that other processes used", "value": round(others, 2), "unit": ""}
-        )
+        yield {"part": f"others {size}", "name": "cores that other processes used", "value": round(others, 2), "unit": ""}
         flops = train_flops_per_token(ModelConfig(**SHAPES[size]), TOKENS)
         for name, speed in speeds.items():
             mfu = round(100 * speed * flops / (1e9 * gflops), 1)
-            rows.append({"part": f"MFU {size}", "name": name, "value": mfu, "unit": "% of the peak"})
+            yield {"part": f"MFU {size}", "name": name, "value": mfu, "unit": "% of the peak"}
         if size == "small":
-            rows += memory_rows(everyone)
+            yield from memory_rows(everyone)
         for name, ms in ask({"kind": "parts", "shape": SHAPES[size], "dtype": "bfloat16"}).items():
-            rows.append({"part": f"parts {size}", "name": name, "value": round(ms, 1), "unit": "ms"})
-    return rows
+            yield {"part": f"parts {size}", "name": name, "value": round(ms, 1), "unit": "ms"}
 
 
 def memory_rows(everyone: dict[str, Contestant]) -> list[Row]:
@@ -208,16 +204,14 @@ def memory_rows(everyone: dict[str, Contestant]) -> list[Row]:
     return ratio_rows("memory small", "MiB at its peak", peaks, higher_is_better=False)
 
 
-def measure_memory(args: argparse.Namespace) -> list[Row]:
+def measure_memory(args: argparse.Namespace) -> Iterator[Row]:
     """Peak resident memory of the training processes at small (part of `train`, when that is measured)."""
-    if "train" in args.only and "small" in args.sizes:
-        return []
-    return memory_rows(race("small", argparse.Namespace(**{**vars(args), "rounds": 1})))
+    if "train" not in args.only or "small" not in args.sizes:
+        yield from memory_rows(race("small", argparse.Namespace(**{**vars(args), "rounds": 1})))
 
 
-def measure_compile(args: argparse.Namespace) -> list[Row]:
+def measure_compile(args: argparse.Namespace) -> Iterator[Row]:
     """Seconds to trace and compile the step of 4 and of 16 layers: as the product runs them, and both scanned."""
-    rows: list[Row] = []
     for label, limit in (("as run", None), ("both scanned", 0)):
         seconds: dict[int, list[float]] = {4: [], 16: []}
         for _ in range(args.rounds):
@@ -227,14 +221,12 @@ def measure_compile(args: argparse.Namespace) -> list[Row]:
                 found.append(ask(job)["seconds"])
         few, many = statistics.median(seconds[4]), statistics.median(seconds[16])
         name = f"16 layers against 4 ({few:.2f} s), {label}"
-        rows.append({"part": "compile", "name": name, "value": round(many, 2), "unit": "s", "ratio": round(many / few, 2)})
-    return rows
+        yield {"part": "compile", "name": name, "value": round(many, 2), "unit": "s", "ratio": round(many / few, 2)}
 
 
-def measure_size(args: argparse.Namespace) -> list[Row]:
+def measure_size(args: argparse.Namespace) -> Iterator[Row]:
     """Time per token over width and context, two layers, and the share of attention in it."""
     del args
-    rows: list[Row] = []
     for dim in (128, 256, 512, 1024):
         for tokens in (256, 1024, 4096):
             heads = max(2, dim // 64)
@@ -243,8 +235,7 @@ def measure_size(args: argparse.Namespace) -> list[Row]:
             job = {"kind": "size", "shape": shape, "dtype": "bfloat16", "batch": SIZE_TOKENS // tokens, "tokens": tokens}
             found = ask(job)
             name = f"d {dim}, context {tokens}: attention {100 * found['attention']:.0f} %"
-            rows.append({"part": "size", "name": name, "value": round(found["us_per_token"], 1), "unit": "us/token"})
-    return rows
+            yield {"part": "size", "name": name, "value": round(found["us_per_token"], 1), "unit": "us/token"}
 
 
 def main() -> None:

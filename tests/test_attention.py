@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from afm_rl.attention import causal_attention, decode_attention
 
@@ -84,3 +85,34 @@ def test_a_decoding_step_is_the_last_row_of_causal_attention() -> None:
         )
         queries = np.repeat(q[p, g][None, None], keys.shape[1], axis=1)
         np.testing.assert_allclose(out[p, g], reference(queries, keys, values)[0, -1], atol=2e-6)
+
+
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["whole", "packed"])
+def test_gradients_match_the_reference(segments: np.ndarray | None) -> None:
+    """Guards the written-out gradient: derivatives along random directions against differences of the float64 reference."""
+    inputs, rng, step = qkv(), np.random.default_rng(1), 1e-5
+    out, pull = jax.vjp(lambda q, k, v: causal_attention(q, k, v, segments_BT=segments), *inputs)
+    g = rng.normal(size=out.shape)
+    for index, gradient in enumerate(pull(jnp.asarray(g, jnp.float32))):
+        for _ in range(3):
+            direction = rng.normal(size=gradient.shape)
+            moved = [
+                [x + sign * step * direction if i == index else x.astype(np.float64) for i, x in enumerate(inputs)]
+                for sign in (1, -1)
+            ]
+            ahead, behind = (reference(*qkv_moved, segments) for qkv_moved in moved)
+            slope = (g * (ahead - behind)).sum() / (2 * step)
+            np.testing.assert_allclose((np.asarray(gradient, np.float64) * direction).sum(), slope, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_gradients_stay_close_to_float32() -> None:
+    """Guards the types of the backward products: each gradient within two per cent of float32's, in norm."""
+    inputs = [jnp.asarray(x, jnp.bfloat16) for x in qkv()]
+
+    def gradients(dtype: str) -> tuple[jax.Array, ...]:
+        out, pull = jax.vjp(causal_attention, *(x.astype(dtype) for x in inputs))
+        return pull(jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape).astype(dtype))
+
+    for low, exact in zip(gradients("bfloat16"), gradients("float32"), strict=True):
+        assert low.dtype == jnp.bfloat16
+        assert jnp.linalg.norm(low.astype(jnp.float32) - exact) < 0.02 * jnp.linalg.norm(exact)

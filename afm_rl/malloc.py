@@ -1,8 +1,8 @@
 """How glibc's allocator has to be set in a process that trains on CPU: values of GLIBC_TUNABLES, read when it starts.
 
 XLA allocates a step's temporaries anew every step. By default glibc returns them to the system each time, and the next step
-pays for the same pages again. Huge pages make that cheaper; memory that stays in the process makes it free, and the
-process's peak memory is no larger.
+pays for the same pages again. Huge pages make that cheaper; memory that stays in the process makes it free, at the price of
+a process that gives nothing back while it trains.
 """
 
 #: For every actor of one machine: huge pages alone.

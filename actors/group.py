@@ -14,7 +14,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -93,9 +94,24 @@ class GroupHandle:
         return self.member_stats()[0]
 
     def member_stats(self) -> list[ActorStats]:
-        """Every rank's."""
+        """Every rank's. A group that lost a member while nobody waited for it is built anew here, without its state."""
         self._require_alive()
-        return self._members.stats()
+        while True:
+            try:
+                return self._members.stats()
+            except Loss as loss:
+                self._rebuild(loss)
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """End the group for the block, so that others can have its place; a fresh one, without state, forms afterwards."""
+        self._require_alive()
+        self._members.kill()
+        self._generation += 1
+        try:
+            yield
+        finally:
+            self._form()
 
     def processes(self) -> list[Process]:
         """Where the members run that have been placed."""

@@ -8,6 +8,7 @@ minutes still answers, and one that was stopped does not.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
@@ -137,7 +138,8 @@ def end_process(process: Process) -> bool:
     """SIGKILL a process of this node, stopped or not; whether it is gone. Leaves a later process of the same pid alone."""
     if _started(process.pid) != process.started:
         return True
-    os.kill(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # it may end between our look and our signal
+        os.kill(process.pid, signal.SIGKILL)
     end = time.monotonic() + KILL_WAIT_S
     while _started(process.pid) == process.started:
         if time.monotonic() > end:

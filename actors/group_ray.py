@@ -12,12 +12,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
+from ray.exceptions import (
+    GetTimeoutError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.group_member import HEARTBEAT_GROUP, GroupMember, Process, end_process
 from actors.group_placement import GroupSpec, actor_options, reserve
-from actors.group_watch import MemberLost
+from actors.group_watch import Loss, MemberLost
 from actors.host import ActorStats, RayPending, ray_value
 
 log = logging.getLogger(__name__)
@@ -78,7 +86,13 @@ class RayMembers:
             ray.get(call, timeout=END_DEADLINE_S)
 
     def stats(self) -> list[ActorStats]:
-        return ray.get([self._aside(actor.stats).remote() for actor in self._actors], timeout=STATS_DEADLINE_S)
+        found = []
+        for rank, call in enumerate([self._aside(actor.stats).remote() for actor in self._actors]):
+            try:
+                found.append(ray.get(call, timeout=STATS_DEADLINE_S))
+            except (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError, GetTimeoutError) as error:
+                raise Loss(rank, _one_line(error)) from error
+        return found
 
     def processes(self) -> list[Process]:
         """Where the members that have been placed run."""
@@ -125,7 +139,8 @@ def end_processes(processes: Sequence[Process]) -> None:
             if not ray.get(call):
                 unfinished.append(elsewhere[call])
         except RayError as error:
-            log.warning("node %s does not answer (%s): its processes are taken to have gone with it", elsewhere[call], error)
+            node = elsewhere[call].node_id
+            log.warning("node %s does not answer (%s): its processes are taken to have gone with it", node, error)
     for process in unfinished:
         log.warning("process %d on node %s was killed but is not gone yet", process.pid, process.node_id)
 

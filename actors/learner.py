@@ -39,7 +39,7 @@ from afm_rl.parameters import axes_like_params, init_params, param_shardings, sh
 from afm_rl.policy_losses import View, adapter_view, build, full_view, response_logps, target_scores
 from afm_rl.reward_model import init_heads
 from afm_rl.sharding import make_mesh, put, shard_batch, to_host
-from afm_rl.training import TrainState, add_up, create_state, make_accumulated_step, make_train_step, to_floats
+from afm_rl.training import SHARE, TrainState, add_up, create_state, make_accumulated_step, make_train_step, to_floats
 from afm_rl.types import ScoredGroup, Weights
 from afm_rl.weights import flatten
 from pretrain.pruning import init_scores, mask_view, prune
@@ -85,6 +85,7 @@ class Learner:
         """Set the job up, from its newest checkpoint where one exists; returns the step (or iteration) to go on from."""
         if job == self._job and int(self._require_state().step) == 0:
             return self._restore()  # begun already, for its reference's log-probabilities
+        self._job, self._state, self._frozen = None, None, {}  # two jobs at a time would not fit
         loaded = load_artifact(job.init, load_policy=self._load_policy) if job.init else None
         config = job.config or (loaded.config if loaded else None)
         if config is None:
@@ -145,14 +146,16 @@ class Learner:
     @on_mesh
     def train(self, batches: Sequence[Batch]) -> list[dict[str, float]]:
         """One optimizer step per batch, a checkpoint where one is due; metrics of every step."""
-        job, metrics = self._require_job(), []
+        job, metrics, start = self._require_job(), [], int(self._require_state().step)
         stepped_s = self._goodput.seconds["step"]
-        self._goodput.add("data_wait", time.perf_counter() - self._idle_since)
-        for batch in batches:
+        self._woken()
+        for done, batch in enumerate(batches, start=start + 1):
+            due = done % job.checkpoint_every == 0
             with self._goodput.measure("step"):
                 metrics.append(self._train_step(batch))
-            done = int(self._require_state().step)
-            if done % job.checkpoint_every == 0:
+                if due:  # a step runs on while we go on; its seconds must not count as the checkpoint's
+                    jax.block_until_ready(self._require_state())
+            if due:
                 with self._goodput.measure("checkpoint"):
                     self.save(done)
         with self._goodput.measure("step"):
@@ -160,6 +163,10 @@ class Learner:
         self._idle_since = time.perf_counter()
         speed = self._speed(batches, self._goodput.seconds["step"] - stepped_s)
         return [{**of_step, **speed} for of_step in measured]
+
+    def _woken(self) -> None:
+        """The learner has work again: it waited for data until now."""
+        self._goodput.add("data_wait", time.perf_counter() - self._idle_since)
 
     def _speed(self, batches: Sequence[Batch], step_s: float) -> dict[str, float]:
         """Positions a second, padding included, and MFU on devices whose peak is published."""
@@ -206,9 +213,13 @@ class Learner:
         params = self._require_state().params
         measured = {}
         for name, packed in rows.items():
-            batch = shard_batch(packed.take(np.arange(len(packed))), self._mesh)
-            metrics = self._scores(params, self._frozen, batch, view=self._view)
-            measured[name] = HeldOut(loss=float(metrics["nll"]), accuracy=float(metrics["accuracy"]))
+            loss = accuracy = 0.0
+            parts = microbatches(packed.take(np.arange(len(packed))), max_tokens=self._setup.microbatch_tokens)
+            for part in parts:
+                metrics = self._scores(params, self._frozen, shard_batch(part, self._mesh), view=self._view)
+                share = float(part.get(SHARE, 1.0))
+                loss, accuracy = loss + share * float(metrics["nll"]), accuracy + share * float(metrics["accuracy"])
+            measured[name] = HeldOut(loss=loss, accuracy=accuracy)
         return measured
 
     @on_mesh
@@ -229,14 +240,16 @@ class Learner:
 
         Raises ValueError when no group has two valid responses.
         """
-        prepared = prepare(groups, settings, self._log_probs_in_parts)
+        self._woken()
         with self._goodput.measure("step"):
+            prepared = prepare(groups, settings, self._log_probs_in_parts)
             for _ in range(settings.inner_steps):
                 measured = self._accumulate([cut(prepared.batch, rows, width) for rows, width in prepared.parts])
             metrics = prepared.metrics(to_host(measured), gamma=self._require_job().options["gamma"])
         if (iteration + 1) % self._require_job().checkpoint_every == 0:
             with self._goodput.measure("checkpoint"):
                 self.save(iteration + 1)
+        self._idle_since = time.perf_counter()
         return metrics
 
     def _log_probs_in_parts(

@@ -63,22 +63,21 @@ def map_logits(
     compute: Compute,
 ) -> Any:
     """fn(logits [B, C, V], *aligned [B, C]) over all positions, C at a time: its [B, C] results joined to [B, T]."""
-    B, T, D = hidden_BTD.shape
+    B, T = hidden_BTD.shape[:2]
     mesh = current_mesh()
     budget = compute.logits_per_pass * (mesh.size if mesh is not None else 1)
-    passes = _passes(T, math.ceil(B * T * config.vocab_size / budget))
+    passes = min(max(math.ceil(B * T * config.vocab_size / budget), 1), T)
     if passes == 1:
         return fn(logits(params, hidden_BTD, config), *aligned)
+    C = math.ceil(T / passes)
 
     @jax.checkpoint
     def one(inputs: tuple[jax.Array, list[jax.Array]]) -> Any:
         return fn(logits(params, inputs[0], config), *inputs[1])
 
-    spread = jnp.moveaxis(hidden_BTD.reshape(B, T // passes, passes, D), 2, 0)
-    outputs = jax.lax.map(one, (spread, [jnp.moveaxis(a.reshape(B, T // passes, passes), 2, 0) for a in aligned]))
-    return jax.tree.map(lambda out: jnp.moveaxis(out, 0, 2).reshape(B, T), outputs)
+    def spread(x_BT: jax.Array) -> jax.Array:
+        padded = jnp.pad(x_BT, [(0, 0), (0, C * passes - T)] + [(0, 0)] * (x_BT.ndim - 2))
+        return jnp.moveaxis(padded.reshape(B, C, passes, *x_BT.shape[2:]), 2, 0)
 
-
-def _passes(length: int, at_least: int) -> int:
-    """The smallest number of equal passes over `length` positions that is `at_least` so many."""
-    return next(n for n in range(min(max(at_least, 1), length), length + 1) if length % n == 0)
+    outputs = jax.lax.map(one, (spread(hidden_BTD), [spread(a) for a in aligned]))
+    return jax.tree.map(lambda out: jnp.moveaxis(out, 0, 2).reshape(B, C * passes)[:, :T], outputs)

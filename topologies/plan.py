@@ -163,10 +163,6 @@ def _actors(topology: Topology, config: ModelConfig) -> tuple[ActorPlan, ...]:
         for role, at in used.items()
     ]
     listed.insert(0, ActorPlan("weights", 1, WEIGHTS_CPUS, 0.0, 2 * weights + process))
-    if topology.launcher != "inline" and "pretrain" in topology.stage_names:
-        # Ray Train's own worker, alive beside the learner while the three phases run.
-        at = actors.learner
-        listed.append(ActorPlan("pretrain", at.processes, at.num_cpus, at.num_gpus, bytes_of["learner"] + process))
     return tuple(listed)
 
 

@@ -26,6 +26,7 @@ from pydantic import (
 from afm_rl.config import PRESETS, ModelConfig
 from afm_rl.errors import UserError
 from topologies.actor_options import Actors
+from topologies.mesh_checks import check_mesh
 from topologies.stage_options import STAGES, AnyStage, StageOptions, stage_from_yaml
 from topologies.strict import Count, CountOrZero, Positive, Strict, nearest, problem
 from topologies.yaml_source import Document, Loc, apply_override, parse_yaml, read_yaml, show
@@ -259,7 +260,7 @@ class Topology(Strict):
             made.update(stage.makes)
 
     def _check_shapes(self) -> None:
-        self._check_mesh()
+        check_mesh(self)
         for i, stage in enumerate(self.stages):
             at: Loc = ("stages", i, stage.name)
             # A model with more tokens than its tokenizer would sample ids that nobody can decode.
@@ -277,24 +278,6 @@ class Topology(Strict):
             if stage.name == "adapters" and stage.rank not in (ranks := self.stage("recover").ranks):
                 message = f"no recovery adapter of rank {stage.rank} to start from; recover.ranks are {ranks}"
                 raise problem(message, at=(*at, "rank"))
-
-    def _check_mesh(self) -> None:
-        """Every dimension that the mesh cuts must divide: devices would idle otherwise."""
-        mesh, config = self.actors.learner.mesh, self.model.config()
-        at: Loc = ("actors", "learner", "mesh")
-        if self.launcher == "inline" and self.actors.learner.processes > 1:
-            raise problem("the inline launcher is one process; use launcher: local", at=("actors", "learner", "processes"))
-        for axis, what in (("tensor", "num_heads"), ("tensor", "ffn_dim"), ("fsdp", "dim")):
-            if getattr(config, what) % getattr(mesh, axis):
-                raise problem(f"does not divide model.{what}, {getattr(config, what)}", at=(*at, axis))
-        for i, stage in enumerate(self.stages):
-            trainings = [(("stages", i, stage.name), stage), *((("stages", i, stage.name, n), p) for n, p in stage)]
-            for where, training in trainings:
-                batch, length = getattr(training, "batch", None), getattr(training, "sequence_length", None)
-                if isinstance(batch, int) and batch % (mesh.data * mesh.fsdp):
-                    raise problem(f"must be a multiple of mesh data x fsdp, {mesh.data * mesh.fsdp}", at=(*where, "batch"))
-                if isinstance(length, int) and length % mesh.seq:
-                    raise problem(f"must be a multiple of mesh seq, {mesh.seq}", at=(*where, "sequence_length"))
 
     def _check_phases(self, stage: Any, at: Loc) -> None:
         limit = self.model.config().max_positions

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.annotator import Annotator
-from actors.group import GroupHandle, GroupSpec, start_group
+from actors.group import GroupHandle, GroupRestartedError, GroupSpec, start_group
 from actors.host import ActorStats, DeadlineError, Handle, Host, InlineHandle, RayHandle, gather
 from actors.jobs import LearnerSetup
 from actors.learner import Learner
@@ -29,6 +29,8 @@ from afm_rl.errors import UserError
 from afm_rl.malloc import ACTOR_TUNABLES
 from afm_rl.sharding import MeshShape
 from topologies.schema import Topology
+
+log = logging.getLogger(__name__)
 
 #: Bytes of the local object store: weights of small models pass through it, not data sets.
 OBJECT_STORE_BYTES = 512 * 2**20
@@ -239,10 +241,22 @@ def _await_placement(handles: list[Handle]) -> None:
     """Every actor answers, or the launch fails with the names of those that cannot be placed."""
     for handle in handles:
         try:
-            # A group has a deadline and a message of its own.
-            gather([handle.ping()], deadline_s=math.inf if isinstance(handle, GroupHandle) else PLACEMENT_DEADLINE_S)
+            if isinstance(handle, GroupHandle):
+                _await_group(handle)
+            else:
+                gather([handle.ping()], deadline_s=PLACEMENT_DEADLINE_S)
         except DeadlineError as error:
             raise UserError(
                 f"actor {handle.name} could not be placed within {PLACEMENT_DEADLINE_S:.0f} s: the cluster lacks the CPUs, "
                 "GPUs or nodes it asks for; compare `afm-rl plan FILE` with `ray status`"
             ) from error
+
+
+def _await_group(group: GroupHandle) -> None:
+    """The group works. It has a deadline and messages of its own, and may lose a process already while it starts."""
+    while True:
+        try:
+            gather([group.ping()], deadline_s=math.inf)
+            return
+        except GroupRestartedError as error:
+            log.warning("%s", error)

@@ -295,14 +295,6 @@ def test_an_iteration_without_rewards_is_an_error(tmp_path: Path, folders: dict[
     assert learned(learner) == before == digest(random_params(0))
 
 
-def test_groups_of_different_sizes_are_refused() -> None:
-    """Guards the [P, G] layout of rewards."""
-    scored = groups(0)
-    short = dataclasses.replace(scored[1].group, responses=scored[1].group.responses[:2])
-    with pytest.raises(ValueError, match=r"different sizes in one batch: \[2, 3\]"):
-        responses_batch([scored[0], ScoredGroup(short, np.zeros(2, np.float32), np.ones(2, bool))])
-
-
 def test_what_is_published_and_exported_is_what_was_trained(tmp_path: Path, folders: dict[str, str]) -> None:
     """Guards the two ways out of a learner: flat weights and a policy folder, the same parameters."""
     learner = Learner()

@@ -161,6 +161,23 @@ def test_a_lost_process_changes_no_weight(
     assert group.restarts == restarts + 1
 
 
+def test_a_process_lost_while_idle_is_replaced(group: GroupHandle) -> None:
+    """Guards the report between stages: asking a group for its figures builds it anew when a member has died unnoticed."""
+    restarts, [first, _] = group.restarts, group.processes()
+    os.kill(first.pid, signal.SIGKILL)
+    assert [stats.name for stats in group.member_stats()] == ["learner-0", "learner-1"]
+    assert group.restarts == restarts + 1
+
+
+def test_a_suspended_group_has_no_processes(group: GroupHandle, start: str, tmp_path: Path) -> None:
+    """Guards the learner's place while Ray Train has it: given up for the block, taken again afterwards."""
+    before, restarts = group.processes(), group.restarts
+    with group.suspended():
+        assert not any(Path(f"/proc/{process.pid}/cmdline").exists() and _is_member(process.pid) for process in before)
+    assert call(group, "begin", job(tmp_path, start)) == 0
+    assert group.restarts == restarts
+
+
 def test_it_resumes_on_another_mesh(group: GroupHandle, start: str, tmp_path: Path) -> None:
     """Guards restore onto another process count: four devices save, one goes on, and computes the same next loss."""
     task = job(tmp_path, start)
@@ -171,6 +188,10 @@ def test_it_resumes_on_another_mesh(group: GroupHandle, start: str, tmp_path: Pa
     alone = Learner()
     assert alone.begin(replace(task)) == 4
     assert alone.train([batch(4)])[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-6)
+
+
+def _is_member(pid: int) -> bool:
+    return "ray::Learner" in Path(f"/proc/{pid}/cmdline").read_text()
 
 
 def _signal_after_checkpoint(folder: Path, pid: int, number: signal.Signals) -> None:

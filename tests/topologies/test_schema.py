@@ -100,6 +100,15 @@ def test_unknown_key_names_file_line_place_and_nearest(tmp_path):
             "actors.learner.processes: the mesh has 1 devices, which 2 processes cannot share equally",
         ),
         (
+            MINIMAL + "actors:\n  learner:\n    mesh: {tensor: 4}\nmodel: {preset: tiny, num_heads: 12, num_kv_heads: 6}\n",
+            "actors.learner.mesh.tensor: neither divides model.num_kv_heads, 6, nor is a multiple",
+        ),
+        (MINIMAL + "compute: {attention: cudnn}\n", "compute.attention: does not run on CPU; use auto or xla"),
+        (
+            MINIMAL + "compute: {microbatch_tokens: 64}\nactors: {learner: {mesh: {data: 2}}}\n",
+            "compute.microbatch_tokens: less than one row of",
+        ),
+        (
             MINIMAL + "launcher: inline\nactors: {learner: {processes: 2, mesh: {data: 2}}}\n",
             "actors.learner.processes: the inline launcher is one process; use launcher: local",
         ),

@@ -190,6 +190,7 @@ class Context:
         restarts_s = learner.restart_seconds if isinstance(learner, GroupHandle) else 0.0
         values["restart_s"] = restarts_s - self._restarts_s
         self._restarts_s = restarts_s
+        values["goodput"] = values["step_s"] / max(sum(s for kind, s in values.items() if kind.endswith("_s")), 1e-9)
         self.metrics.log(stage=GOODPUT_STAGE, task=job.task, step=step, values=values)
 
     def export(self, job: TrainingJob, policy: Policy) -> None:

@@ -53,6 +53,7 @@ def train_mdloo(
     )
 
     def from_iteration(first: int) -> None:
+        call(ctx.system.store, "forget", policy.name)  # a learner built anew goes back behind what was published
         with ctx.progress.task(policy.name, total=options.iterations, done=first) as bar:
             for iteration in range(first, options.iterations):
                 _iterate(ctx, options, iteration, stage=stage, start=start, policy=policy)

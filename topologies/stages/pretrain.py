@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import threading
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from actors.group import GroupHandle
 from actors.jobs import TrainingJob
 from actors.metrics import JsonlSink, Metrics, RaySink, TensorBoardSink
 from actors.pretraining import PhasePlan, PhaseResult, PretrainPlan, run_pretraining
@@ -154,13 +156,15 @@ def _under_ray_train(ctx: Context, plan: PretrainPlan, bar: Any) -> list[PhaseRe
     follower = threading.Thread(target=_follow, args=(ctx.run.metrics / f"{STAGE}.jsonl", bar, stop), daemon=True)
     follower.start()
     try:
-        fit(
-            _worker,
-            {"plan": plan, "metrics": str(ctx.run.metrics)},
-            spec=group_spec(ctx.topology),
-            name=f"{ctx.topology.name}-pretrain",
-            storage_path=str(ctx.run.path / "ray_train"),
-        )
+        # Ray Train's workers take the place of the learner, whose devices may be all there are.
+        with ctx.system.learner.suspended() if isinstance(ctx.system.learner, GroupHandle) else nullcontext():
+            fit(
+                _worker,
+                {"plan": plan, "metrics": str(ctx.run.metrics)},
+                spec=group_spec(ctx.topology),
+                name=f"{ctx.topology.name}-pretrain",
+                storage_path=str(ctx.run.path / "ray_train"),
+            )
     finally:
         stop.set()
         follower.join(timeout=5.0)
@@ -182,7 +186,8 @@ def _follow(path: Path, bar: Any, stop: threading.Event) -> None:
     while not stop.wait(0.5):
         if path.exists():
             with path.open("rb") as file:
-                bar.move_to(sum(1 for _ in file))
+                rows = [json.loads(line) for line in file if line.endswith(b"\n")]
+            bar.move_to(len({(row["task"], row["step"]) for row in rows}))  # a step done again after a loss has two rows
 
 
 def _recall(ctx: Context, options: PretrainStage) -> dict[str, float]:

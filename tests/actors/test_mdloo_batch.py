@@ -1,0 +1,34 @@
+"""What becomes of scored groups before an MDLOO update: their layout, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from actors.mdloo_batch import responses_batch
+from afm_rl.types import Group, ScoredGroup
+
+
+def scored(name: str, lengths: tuple[int, ...]) -> ScoredGroup:
+    """A prompt of two tokens with responses of these lengths, each of its own token."""
+    responses = tuple(np.full(n, 3 + i, np.int32) for i, n in enumerate(lengths))
+    logps = tuple(np.zeros(n, np.float32) for n in lengths)
+    group = Group(name, np.array([1, 2], np.int32), responses, logps, (True,) * len(lengths), "p", 0)
+    rewards = np.arange(len(lengths), dtype=np.float32)
+    return ScoredGroup(group, rewards, np.array([n > 1 for n in lengths]))
+
+
+def test_rows_are_prompts_times_responses() -> None:
+    """Guards the [P, G] layout: row p G + g is response g of prompt p, its own tokens the targets; invalid rewards are 0."""
+    batch, reward_PG, valid_PG = responses_batch([scored("a", (2, 1)), scored("b", (3, 2))])
+    np.testing.assert_array_equal(batch["tokens_BT"][2, :6], [1, 2, 3, 3, 3, 0])
+    np.testing.assert_array_equal(batch["mask_BT"].sum(-1), [2, 1, 3, 2])
+    assert batch["mask_BT"][:, :2].sum() == 0
+    np.testing.assert_array_equal(reward_PG, [[0, 0], [0, 1]])
+    np.testing.assert_array_equal(valid_PG, [[True, False], [True, True]])
+
+
+def test_groups_of_different_sizes_are_refused() -> None:
+    """Guards that layout."""
+    with pytest.raises(ValueError, match=r"different sizes in one batch: \[2, 3\]"):
+        responses_batch([scored("a", (2, 2)), scored("b", (2, 2, 2))])

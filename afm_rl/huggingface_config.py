@@ -2,13 +2,15 @@
 
 The architecture is the one they call Qwen3ForCausalLM. A configuration that asks for anything it does not compute
 (scaled RoPE, sliding windows, biases, experts, quantised weights, another architecture) is refused by that name: loading
-the weights all the same would give wrong numbers quietly. Where a key is absent, its default there (`Qwen3Config` of
-transformers 5) is meant.
+the weights all the same would give wrong numbers quietly. Where head_dim, tie_word_embeddings or a key that is only
+checked is absent, its default there (`Qwen3Config` of transformers 5) is meant. model_type and every other key that gives
+the model its shape must be there: what they assume without it (32 layers of width 4096, RoPE base 10,000) is not guessed.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +22,8 @@ from afm_rl.errors import UserError
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 ARCHITECTURE = "Qwen3ForCausalLM"
 
+#: Their defaults of keys that may be absent.
+_DEFAULTS = {"head_dim": 128, "tie_word_embeddings": False}
 #: config.json keys that change the computation, and the only values of them that this architecture computes.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", None),
@@ -51,45 +55,56 @@ class UnsupportedCheckpointError(UserError, ValueError):
 
 
 class IncompleteCheckpointError(UserError, FileNotFoundError):
-    """A Hugging Face folder that lacks a file."""
+    """A Hugging Face folder that lacks a file, or whose file cannot be read."""
 
 
 def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
     """The shape of the model in a Hugging Face folder, from config.json alone.
 
-    Raises IncompleteCheckpointError without a config.json, UnsupportedCheckpointError naming the key that is not covered.
+    num_key_value_heads null means num_attention_heads, as there. Raises IncompleteCheckpointError without a config.json that
+    can be read, UnsupportedCheckpointError naming the key that is absent, of another type or not covered.
     """
     path = Path(folder) / CONFIG_FILE
-    hf = read_json(path)
+    hf = _DEFAULTS | read_json(path)
     if problems := [*_other_architecture(hf), *_unsupported(hf)]:
         raise UnsupportedCheckpointError(f"{path}: this architecture does not cover {'; '.join(problems)}")
     rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
     try:
         return ModelConfig(
-            vocab_size=hf["vocab_size"],
-            dim=hf["hidden_size"],
-            ffn_dim=hf["intermediate_size"],
-            num_layers=hf["num_hidden_layers"],
-            num_heads=hf["num_attention_heads"],
-            num_kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-            head_dim=hf.get("head_dim", 128),
-            rope_base=float(rope["rope_theta"] if "rope_theta" in rope else hf["rope_theta"]),
-            norm_eps=float(hf["rms_norm_eps"]),
-            tie_embeddings=hf.get("tie_word_embeddings", False),
-            max_positions=hf["max_position_embeddings"],
+            vocab_size=_integer(hf, "vocab_size"),
+            dim=_integer(hf, "hidden_size"),
+            ffn_dim=_integer(hf, "intermediate_size"),
+            num_layers=_integer(hf, "num_hidden_layers"),
+            num_heads=_integer(hf, "num_attention_heads"),
+            num_kv_heads=_integer(hf, "num_attention_heads" if hf["num_key_value_heads"] is None else "num_key_value_heads"),
+            head_dim=_integer(hf, "head_dim"),
+            rope_base=_number(hf | rope, "rope_theta"),
+            norm_eps=_number(hf, "rms_norm_eps"),
+            tie_embeddings=_flag(hf, "tie_word_embeddings"),
+            max_positions=_integer(hf, "max_position_embeddings"),
         )
     except KeyError as error:
-        raise UnsupportedCheckpointError(f"{path} has no key {error}") from error
-    except (TypeError, ValueError) as error:
+        raise UnsupportedCheckpointError(f"{path} has no key {error}; add it with the model's own value") from error
+    except ValueError as error:
         raise UnsupportedCheckpointError(f"{path}: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a model folder. Raises as `load_config`."""
+    """A JSON object from a file of a model folder.
+
+    Raises IncompleteCheckpointError where there is no such file or it cannot be read, UnsupportedCheckpointError where it
+    holds anything else.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise IncompleteCheckpointError(f"{path} does not exist: not a Hugging Face model folder") from error
+    except NotADirectoryError as error:
+        raise IncompleteCheckpointError(f"{path.parent} is not a folder; give the folder that holds {path.name}") from error
+    except IsADirectoryError as error:
+        raise IncompleteCheckpointError(f"{path} is a folder, where a file belongs; put the model's own there") from error
+    except PermissionError as error:
+        raise IncompleteCheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UnsupportedCheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
@@ -139,12 +154,33 @@ def to_hf_config(config: ModelConfig, *, dtype: str, ends: Mapping[str, Any] | N
     }
 
 
+def _integer(hf: Mapping[str, Any], key: str) -> int:
+    value = hf[key]
+    if type(value) is not int or value < 1:  # bool is an int to isinstance
+        raise ValueError(f"{key} must be an integer, at least 1, without quotes or a decimal point; it is {value!r}")
+    return value
+
+
+def _number(hf: Mapping[str, Any], key: str) -> float:
+    value = hf[key]
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"{key} must be a number above 0, without quotes; it is {value!r}")
+    return float(value)
+
+
+def _flag(hf: Mapping[str, Any], key: str) -> bool:
+    value = hf[key]
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} must be true or false, without quotes; it is {value!r}")
+    return value
+
+
 def _other_architecture(hf: Mapping[str, Any]) -> list[str]:
     kind, classes = hf.get("model_type"), hf.get("architectures") or [ARCHITECTURE]
     if kind != "qwen3":
-        why = f": {_OTHER_ARCHITECTURES[kind]}" if kind in _OTHER_ARCHITECTURES else ""
+        why = f": {_OTHER_ARCHITECTURES[kind]}" if isinstance(kind, str) and kind in _OTHER_ARCHITECTURES else ""
         return [f"model_type = {kind!r} (only 'qwen3'){why}"]
-    return [] if classes == [ARCHITECTURE] else [f"architectures = {classes!r} (only {ARCHITECTURE!r})"]
+    return [] if classes in (ARCHITECTURE, [ARCHITECTURE]) else [f"architectures = {classes!r} (only {ARCHITECTURE!r})"]
 
 
 def _unsupported(hf: Mapping[str, Any]) -> list[str]:
@@ -158,7 +194,10 @@ def _unsupported(hf: Mapping[str, Any]) -> list[str]:
             problems.append(f"{key} = {method or quantised!r} (quantised weights; only float ones)")
     for key in _ROPE_KEYS:
         problems += _scaled_rope(key, hf.get(key) or {})
-    if other := set(hf.get("layer_types") or ()) - {"full_attention"}:
+    kinds = hf.get("layer_types")
+    if not isinstance(kinds, list | None):
+        problems.append(f"layer_types = {kinds!r} (only a list of 'full_attention')")
+    elif other := {str(kind) for kind in kinds or () if kind != "full_attention"}:
         problems.append(f"layer_types has {', '.join(sorted(other))} (only full_attention)")
     return problems
 

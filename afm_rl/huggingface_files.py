@@ -87,6 +87,8 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> tuple[ModelConfig, dict[s
             found = open_safetensors(file)
         except SafetensorsError as error:
             raise UnsupportedCheckpointError(str(error)) from error
+        except PermissionError as error:
+            raise IncompleteCheckpointError(f"{file} cannot be read ({error.strerror}); check its permissions") from error
         if twice := sorted(stored.keys() & found.keys()):
             raise UnsupportedCheckpointError(f"{file}: {twice[0]} is in {stored[twice[0]].path.name} too")
         stored |= found
@@ -150,9 +152,13 @@ def _weight_files(folder: Path) -> list[Path]:
         others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5") for p in folder.glob(pattern))
         found = f"; of {', '.join(others[:_SHOWN])} nothing is read: convert it with transformers" if others else ""
         raise IncompleteCheckpointError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}{found}")
-    weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+    index = folder / INDEX_FILE
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UnsupportedCheckpointError(f"{folder / INDEX_FILE} has no weight_map")
+        raise UnsupportedCheckpointError(f"{index} has no weight_map")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not Path(name).name:
+            raise UnsupportedCheckpointError(f"{index}: weight_map[{tensor!r}] must be the name of a file; it is {name!r}")
     files = [folder / Path(name).name for name in sorted(set(weight_map.values()))]
     if missing := [file.name for file in files if not file.is_file()]:
         raise IncompleteCheckpointError(f"{folder} lacks {', '.join(missing)}, which {INDEX_FILE} lists")

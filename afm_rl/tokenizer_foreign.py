@@ -59,7 +59,7 @@ class ForeignTokenizer(Tokenizer):
         files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
         try:
             if "generation_config.json" not in files and (folder / "config.json").is_file():
-                config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+                config = _object("config.json", (folder / "config.json").read_bytes())
                 ends = {k: config[k] for k in ("eos_token_id", "pad_token_id") if config.get(k) is not None}
                 files |= {"generation_config.json": json.dumps(ends).encode()} if ends else {}
             return ForeignTokenizer(files)
@@ -150,12 +150,7 @@ class ForeignTokenizer(Tokenizer):
         return ids
 
     def _json(self, name: str) -> dict[str, Any]:
-        if name not in self._files:
-            return {}
-        try:
-            return dict(json.loads(self._files[name]))
-        except (ValueError, TypeError) as error:
-            raise TokenizerError(f"{name} is not a JSON object: {error}") from error
+        return _object(name, self._files[name]) if name in self._files else {}
 
     def _find_ends(self) -> tuple[tuple[int, ...], int]:
         """(ids that end a text, the tokenizer's own first; the padding id)."""
@@ -186,6 +181,16 @@ class ForeignTokenizer(Tokenizer):
         except ValueError:  # a template may refuse anything; it will say so when it is used
             return self.eos_id
         return next((i for i in self._core.encode(after, see_specials=True) if i in self._stop_ids), self.eos_id)
+
+
+def _object(name: str, content: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(content)
+    except ValueError as error:
+        raise TokenizerError(f"{name} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise TokenizerError(f"{name} must be a JSON object; it holds a {type(found).__name__}")
+    return found
 
 
 def _core(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> Core:

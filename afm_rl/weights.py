@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 
@@ -89,8 +88,3 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from leaves(value, f"{prefix}{name}/")
         else:
             yield prefix + name, value
-
-
-def to_device(params: Mapping[str, Any]) -> dict[str, Any]:
-    """NumPy leaves as JAX arrays (copied: the caller's buffers may be shared memory, and these may be donated)."""
-    return jax.tree.map(lambda leaf: jax.numpy.array(leaf), dict(params))

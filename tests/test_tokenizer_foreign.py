@@ -171,6 +171,22 @@ def test_ends_without_a_generation_config(folder):
         Tokenizer.load(folder)
 
 
+@pytest.mark.parametrize(
+    "name", ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json"]
+)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[]", "must be a JSON object; it holds a list"), ("5", "must be a JSON object"), ("{", "is not JSON")],
+)
+def test_settings_must_be_objects(folder, name, content, message):
+    """A list or a number has no keys: nothing would be set without a word, or a traceback would follow."""
+    if name == "config.json":  # stands in for it
+        (folder / "generation_config.json").unlink()
+    (folder / name).write_text(content)
+    with pytest.raises(TokenizerError, match=f"copy: {name} {message}"):
+        Tokenizer.load(folder)
+
+
 def test_the_end_of_a_turn_is_not_always_the_first_end(folder, tokenizer):
     """Llama lists the end of a text first; the template decides what closes a turn."""
     edit(folder, "tokenizer_config.json", eos_token="<|endoftext|>")

@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" while writing {error.filename}" if error.filename else ""
-        print(f"afm-rl: the disk is full{where}; free some space and continue with --resume", file=sys.stderr)
+        hint = "continue with --resume" if command is _launch else "run the command again"
+        print(f"afm-rl: the disk is full{where}; free some space and {hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         hint = "; continue with --resume" if command is _launch else ""

@@ -133,7 +133,11 @@ def export_policy(
     source, target = run.policy(policy), _free_target(folder)
     with _replacing(target) as temporary:
         if dtype is None and max_shard_bytes is None:
-            shutil.copytree(source, temporary)
+            try:
+                shutil.copytree(source, temporary)
+            except shutil.Error as error:  # holds (from, to, why) of every file, but no errno
+                file, _, why = error.args[0][0]
+                raise UserError(f"{file} cannot be copied to {target}: {why}") from error
             return target
         from afm_rl.huggingface_files import MAX_SHARD_BYTES
         from afm_rl.tokenizer import Tokenizer, has_tokenizer
@@ -174,7 +178,10 @@ def _free_target(folder: str | Path) -> Path:
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
     """A name beside `target` to write a folder under; it takes the target's place when the block ends well."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"{target}: its folder cannot be made ({error.strerror}: {error.filename}); give another") from error
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:
         yield temporary

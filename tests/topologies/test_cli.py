@@ -1,6 +1,8 @@
 """The command line: exit codes, one line for a user's mistake, and that every command does what it says."""
 
+import errno
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -87,6 +89,27 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
     assert "continue with --resume" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("run")
+@pytest.mark.parametrize(
+    ("command", "hint"),
+    [
+        (["launch", LOCAL], "continue with --resume"),
+        (["import", "source", "policy"], "run the command again"),
+        (["export", "one", "sft", "out"], "run the command again"),
+    ],
+)
+def test_a_full_disk_says_how_to_go_on(monkeypatch, capsys, command, hint):
+    """One line that names the file; only a launch can be resumed."""
+
+    def fill(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "part")
+
+    fake_module(monkeypatch, "topologies.launch", launch=fill)
+    fake_module(monkeypatch, "topologies.policy_commands", import_policy=fill, export_policy=fill)
+    assert cli.main(command) == 2
+    assert capsys.readouterr().err == f"afm-rl: the disk is full while writing part; free some space and {hint}\n"
+
+
 def test_plan_for_people_and_for_scripts(capsys):
     """Both forms, on the shipped file; the cluster launcher, so that the testing machine's size does not matter."""
     assert cli.main(["plan", LOCAL, "--set", "launcher=cluster"]) == 0
@@ -159,6 +182,23 @@ def test_export_copies_whole_or_not_at_all(run, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert cli.main(["export", "one", "sft", str(tmp_path / "empty")]) == 0
     assert (tmp_path / "empty" / "config.json").exists()
+    (source / "gone").symlink_to("nowhere")
+    assert cli.main(["export", "one", "sft", str(tmp_path / "broken")]) == 2
+    assert f"gone cannot be copied to {tmp_path}/broken: " in capsys.readouterr().err
+    assert not (tmp_path / "broken").exists()
+
+
+@pytest.mark.parametrize("below", ["file/policy", "file/deeper/policy"])
+def test_no_target_below_a_file(foreign_tokenizer, run, tmp_path, capsys, below):
+    """Import and export name the file in the way, in one line."""
+    foreign_folder(foreign_tokenizer, run.policies / "sft" / "0")
+    (tmp_path / "file").write_text("x")
+    for command in (["import", str(run.policies / "sft" / "0")], ["export", "one", "sft"]):
+        assert cli.main([*command, str(tmp_path / below)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"afm-rl: {tmp_path / below}: its folder cannot be made (")
+        assert error.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "x"
 
 
 @pytest.mark.parametrize(
@@ -238,9 +278,15 @@ def test_import_refuses_in_one_line(foreign_tokenizer, tmp_path, capsys):
     (source / "model.safetensors").write_bytes(weights[:-8])
     refused("truncated")
     (source / "model.safetensors").unlink()
+    (source / "model.safetensors.index.json").write_text('{"weight_map": {"a": 5}}')
+    refused("weight_map['a'] must be the name of a file; it is 5")
+    (source / "model.safetensors.index.json").unlink()
     refused("neither model.safetensors nor model.safetensors.index.json")
     (source / "tokenizer.json").unlink()
     refused("has no tokenizer")
+    shutil.rmtree(source)
+    source.write_text("x")
+    refused(f"{source} is not a folder")
 
 
 def test_export_casts_and_splits(foreign_tokenizer, run, tmp_path, capsys):

@@ -119,10 +119,15 @@ def identity_of(node_id: str, pid: int) -> Process:
 
 
 def join_mesh(coordinator: str, *, rank: int, processes: int, heartbeat_s: float, deadline_s: float) -> None:
-    """`jax.distributed.initialize` with our deadlines, on the node's own address only, with gloo between CPUs."""
+    """`jax.distributed.initialize` with our deadlines, on the node's own address only, with gloo between CPUs.
+
+    On CPU one program runs at a time: two in flight may meet their collectives in another order in every process, and wait
+    for each other for ever.
+    """
     import jax
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.distributed.initialize(
         coordinator,
         processes,

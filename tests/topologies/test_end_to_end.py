@@ -104,20 +104,21 @@ def test_a_finished_run_is_left_alone(uninterrupted, cache):
 
 def test_under_ray_the_numbers_are_the_same(uninterrupted, cache, tmp_path):
     """Guards launchers and losses: inline and local Ray give the same figures, although the launch is killed in
-    pre-training, and the resumed one loses its learner in SFT."""
+    pre-training, and the resumed one loses its learner in SFT and in MDLOO."""
     launch, run = command(tmp_path, "launcher=local", "actors.learner.heartbeat_s=5"), tmp_path / "smoke"
     process = subprocess.Popen(launch, env=environment(cache), cwd=tmp_path, stdout=subprocess.DEVNULL)
     await_path(run / "checkpoints" / "pretrain-core.done.json", process)
     process.send_signal(signal.SIGKILL)
     assert process.wait(timeout=30) == -signal.SIGKILL
     process = subprocess.Popen(launch, env=environment(cache), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    await_path(run / "checkpoints" / "sft", process)
-    [learner] = processes("ray::Learner", root=process.pid)
-    os.kill(learner, signal.SIGKILL)
+    for job in ("sft", "itec-1-mdloo"):
+        await_path(run / "checkpoints" / job, process)
+        [learner] = processes("ray::Learner", root=process.pid)
+        os.kill(learner, signal.SIGKILL)
     printed, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, printed
     assert "dashboard http" in printed
-    assert "begin the job again" in printed
+    assert printed.count("begin the job again") == 2
     assert numbers(run) == numbers(uninterrupted)
 
 

@@ -86,25 +86,29 @@ def params_bytes(config: ModelConfig) -> int:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a mesh cuts a training step: parts of the parameters and of the batch's positions, and what passes at a time."""
+    """How a training step is cut: parts of the parameters and of the batch's positions, what passes at a time, and whether
+    the backward pass computes a layer's intermediates again."""
 
     params: int = 1
     positions: int = 1
+    rematerialised: bool = True
     microbatch_tokens: int | None = None
     logits_per_pass: int | None = None
 
 
 def training_bytes(config: ModelConfig, *, batch: int, length: int, cut: Cut | None = None) -> int:
-    """A device's bytes: parameters, gradients and two moments in float32, one layer's activations at a time, logits twice.
+    """A device's bytes: parameters, gradients and two moments in float32, activations, logits twice.
 
-    With rematerialisation a layer keeps its input; what one layer needs while it is differentiated comes on top.
+    With rematerialisation a layer keeps its input, and what one layer needs while it is differentiated comes on top;
+    without, every layer keeps that.
     """
     cut = cut or Cut()
     tokens = min(batch * length, cut.microbatch_tokens or batch * length) // cut.positions
     kept = config.num_layers * config.dim
+    layers = 1 if cut.rematerialised else config.num_layers
     one_layer = 6 * config.dim + 3 * config.ffn_dim + 2 * config.num_heads * (config.head_dim + length)
     logits = min(tokens * config.vocab_size, cut.logits_per_pass or tokens * config.vocab_size)
-    return 4 * params_bytes(config) // cut.params + 4 * (tokens * (kept + one_layer) + 2 * logits)
+    return 4 * params_bytes(config) // cut.params + 4 * (tokens * (kept + layers * one_layer) + 2 * logits)
 
 
 def cache_bytes(config: ModelConfig, *, responses: int, length: int) -> int:

@@ -173,6 +173,7 @@ def _learner_bytes(topology: Topology, config: ModelConfig) -> int:
     cut = costs.Cut(
         params=mesh.fsdp * mesh.tensor,
         positions=mesh.data * mesh.fsdp * mesh.seq,
+        rematerialised=compute.remat != "none",
         microbatch_tokens=compute.microbatch_tokens,
         logits_per_pass=compute.logits_per_pass,
     )

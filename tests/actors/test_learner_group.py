@@ -190,7 +190,7 @@ def test_it_resumes_on_another_mesh(group: GroupHandle, start: str, tmp_path: Pa
     expected = call(group, "train", [batch(4)])
     alone = Learner()
     assert alone.begin(replace(task)) == 4
-    assert alone.train([batch(4)])[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-6)
+    assert alone.train([batch(4)])[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-5)
 
 
 def _is_member(pid: int) -> bool:

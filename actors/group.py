@@ -98,6 +98,7 @@ class GroupHandle:
         self._require_alive()
         while True:
             try:
+                self._await_formed(math.inf)
                 return self._members.stats()
             except Loss as loss:
                 self._rebuild(loss)

@@ -177,6 +177,7 @@ def test_a_suspended_group_has_no_processes(group: GroupHandle, start: str, tmp_
     before, restarts = group.processes(), group.restarts
     with group.suspended():
         assert not any(Path(f"/proc/{process.pid}/cmdline").exists() and _is_member(process.pid) for process in before)
+    assert [stats.calls for stats in group.member_stats()] == [0, 0]  # waits until the roles are there
     assert call(group, "begin", job(tmp_path, start)) == 0
     assert group.restarts == restarts
 

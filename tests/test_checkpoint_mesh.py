@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -20,35 +21,29 @@ WORKER = """
 import hashlib, json, os, sys, time
 import jax, numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from afm_rl.checkpoint import CheckpointError, Checkpoints, restore
 from afm_rl.config import ModelConfig
-from afm_rl.parameters import init_params
+from afm_rl.parameters import axes_like_params, init_params
 from afm_rl.policy_losses import supervised
 from afm_rl.recipe import OptimizerSpec
+from afm_rl.sharding import MeshShape, make_mesh, put, shard_batch
 from afm_rl.training import create_state, make_train_step
 
 job = json.loads(sys.argv[1])
 if job["processes"] > 1:
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.distributed.initialize(job["coordinator"], job["processes"], job["process"], initialization_timeout=60)
-mesh = jax.make_mesh(job["mesh"], ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
-assert mesh.size == jax.device_count()
+mesh = make_mesh(MeshShape(data=job["mesh"][0], fsdp=job["mesh"][1]))
 
-def on_mesh(leaf):
-    "A global array, its largest axis cut over fsdp where that divides it."
-    leaf, axes = np.asarray(leaf), [None] * np.ndim(leaf)
-    if leaf.ndim and max(leaf.shape) % mesh.shape["fsdp"] == 0:
-        axes[leaf.shape.index(max(leaf.shape))] = "fsdp"
-    sharding = NamedSharding(mesh, PartitionSpec(*axes))
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+def on_mesh(path, leaf):
+    return put(np.asarray(leaf), axes_like_params(path, np.ndim(leaf)), mesh)
 
 def batch(step):
     rng = np.random.default_rng(step)
     host = {"tokens_BT": rng.integers(1, 64, size=(8, 16)).astype(np.int32), "mask_BT": np.ones((8, 16), np.float32)}
     host["mask_BT"][:, 0] = 0
-    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    return {name: jax.make_array_from_callback(x.shape, rows, lambda i, x=x: x[i]) for name, x in host.items()}
+    return shard_batch(host, mesh)
 
 def bits(tree):
     whole = lambda x: x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
@@ -57,7 +52,9 @@ def bits(tree):
 config = ModelConfig(64, 32, 64, 2, 4, 2, 8)
 optimizer = OptimizerSpec("afm", 0.01).build(width=config.dim)
 step = make_train_step(supervised(config, dropout=0.1), optimizer, seed=3)
-state = jax.tree.map(on_mesh, create_state(init_params(config, jax.random.key(0)), optimizer))
+params = jax.tree_util.tree_map_with_path(on_mesh, init_params(config, jax.random.key(0)))
+with jax.set_mesh(mesh):
+    state = create_state(params, optimizer)
 own = {"key": jax.random.key(7), "host": np.arange(5), "n": 4}  # what every process holds for itself
 checkpoints, found = Checkpoints(job["folder"], keep=1, timeout_s=job["timeout_s"]), None
 with jax.set_mesh(mesh):
@@ -172,4 +169,4 @@ def test_any_mesh_and_process_count_restores(saved, saver: Shape, restorer: Shap
 def test_a_process_that_does_not_come_is_waited_for_until_the_deadline(tmp_path: Path) -> None:
     """Guards against a save that hangs for ever: the message says who waited, for what, and why that may be."""
     _, second = run("alone", tmp_path / "run", TWO_BY_TWO, timeout_s=3.0)
-    assert "process 1 waited 3 s for the others at 'start' of a checkpoint in " in second["error"]
+    assert re.search(r"process 1 waited \d+ s for the others at 'start' of a checkpoint in ", second["error"])

@@ -104,7 +104,10 @@ def fit(
         ),
     )
     with _environment(health_checks(spec)):
-        return trainer.fit()
+        try:
+            return trainer.fit()
+        except SystemExit as end:  # Ray Train's own answer to Ctrl-C
+            raise KeyboardInterrupt from end
 
 
 def scaling(spec: GroupSpec) -> ScalingConfig:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 STEPS, CHUNK, PAUSE_S = 14, 4, 0.12
 HEARTBEAT_S = 3.0
-#: Twice what a rebuild may take beyond the heartbeat (it takes 4 to 13 s, docs/measurements.md): machines that test are busy.
+#: Twice what a rebuild may take beyond the heartbeat (it takes 4 to 13 s, docs/measurements.md): test machines are busy.
 REBUILD_S = 60.0
 PAIR = GroupSpec(processes=2, devices_per_process=2, num_cpus=0.1, heartbeat_s=HEARTBEAT_S, start_deadline_s=90)
 

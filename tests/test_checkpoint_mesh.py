@@ -126,7 +126,8 @@ def run(do: str, folder: Path, shape: Shape, timeout_s: float = 60.0) -> list[di
             process.kill()
     for process, (_, errors) in zip(group, ended, strict=True):
         assert process.returncode == 0, errors[-4000:]
-    return [json.loads(printed.splitlines()[-1]) if printed else {} for printed, _ in ended]
+    # The library between the processes prints too, even into the same line.
+    return [json.loads(re.findall(r"\{.*\}", printed)[-1]) if printed else {} for printed, _ in ended]
 
 
 @pytest.fixture(scope="module")

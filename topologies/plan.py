@@ -163,6 +163,10 @@ def _actors(topology: Topology, config: ModelConfig) -> tuple[ActorPlan, ...]:
         for role, at in used.items()
     ]
     listed.insert(0, ActorPlan("weights", 1, WEIGHTS_CPUS, 0.0, 2 * weights + process))
+    if topology.launcher != "inline" and "pretrain" in topology.stage_names and actors.learner.accelerator == "cpu":
+        # Ray Train's own workers, alive beside the learner while the three phases run; on accelerators they take its place.
+        at = actors.learner
+        listed.append(ActorPlan("pretrain", at.processes, at.num_cpus, at.num_gpus, bytes_of["learner"] + process))
     return tuple(listed)
 
 

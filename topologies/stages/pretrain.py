@@ -156,12 +156,14 @@ def _under_ray_train(ctx: Context, plan: PretrainPlan, bar: Any) -> list[PhaseRe
     follower = threading.Thread(target=_follow, args=(ctx.run.metrics / f"{STAGE}.jsonl", bar, stop), daemon=True)
     follower.start()
     try:
-        # Ray Train's workers take the place of the learner, whose devices may be all there are.
-        with ctx.system.learner.suspended() if isinstance(ctx.system.learner, GroupHandle) else nullcontext():
+        learner, spec = ctx.system.learner, group_spec(ctx.topology)
+        # Ray Train's workers take the place of the learner, whose GPUs or TPU slices may be all there are.
+        exclusive = isinstance(learner, GroupHandle) and spec.accelerator != "cpu"
+        with learner.suspended() if exclusive else nullcontext():  # type: ignore[attr-defined]
             fit(
                 _worker,
                 {"plan": plan, "metrics": str(ctx.run.metrics)},
-                spec=group_spec(ctx.topology),
+                spec=spec,
                 name=f"{ctx.topology.name}-pretrain",
                 storage_path=str(ctx.run.path / "ray_train"),
             )

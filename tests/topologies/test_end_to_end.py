@@ -113,8 +113,7 @@ def test_under_ray_the_numbers_are_the_same(uninterrupted, cache, tmp_path):
     process = subprocess.Popen(launch, env=environment(cache), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     for job in ("sft", "itec-1-mdloo"):
         await_path(run / "checkpoints" / job, process)
-        [learner] = processes("ray::Learner", root=process.pid)
-        os.kill(learner, signal.SIGKILL)
+        os.kill(await_process("ray::Learner", process), signal.SIGKILL)
     printed, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, printed
     assert "dashboard http" in printed
@@ -131,20 +130,31 @@ def await_path(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-def processes(title: str, *, root: int) -> list[int]:
-    """Processes whose title starts so, among the descendants of a process."""
-    found, parents = [], {}
+def await_process(title: str, launch: subprocess.Popen) -> int:
+    """The one process of a launch whose title starts so. Ray rewrites titles at every call: a look may miss one."""
+    before = time.monotonic()
+    while not (found := processes(title, root=launch.pid)):
+        assert launch.poll() is None
+        assert time.monotonic() - before < LIMIT_S, f"no {title}; there are {processes('', root=launch.pid)}"
+        time.sleep(0.02)
+    [pid] = found
+    return pid
+
+
+def processes(title: str, *, root: int) -> dict[int, str]:
+    """Titles by process, of those whose title starts so, among the descendants of a process."""
+    found, parents = {}, {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
             with contextlib.suppress(OSError):  # it may end while we look
                 parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                if (folder / "cmdline").read_text().startswith(title):
-                    found.append(int(folder.name))
+                if (line := (folder / "cmdline").read_text()).startswith(title):
+                    found[int(folder.name)] = line.replace("\0", " ").strip()
 
     def descends(pid: int) -> bool:
         return pid == root or (pid in parents and descends(parents[pid]))
 
-    return [pid for pid in found if descends(pid)]
+    return {pid: line for pid, line in found.items() if descends(pid)}
 
 
 def test_a_mesh_of_two_processes_runs_a_topology(cache, tmp_path):

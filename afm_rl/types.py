@@ -86,10 +86,38 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are chosen beside the temperature; the defaults change nothing, and training takes no others (9).
+
+    In this order: `logit_bias` is added, `repetition_penalty` divides positive and multiplies negative logits of tokens
+    that the prompt or the response holds, stop tokens are impossible before `min_tokens`, the temperature divides, `top_k`
+    (0: all), `top_p` and `min_p` cut. `stop` strings and `stop_ids` end a response beside the policy's own end tokens.
+    `logprobs`: the n best alternatives of each response token; `prompt_logprobs`: likewise of the prompt (0: only the own).
+    """
+
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    ignore_stop: bool = False  # go on past the policy's end tokens, up to max_tokens
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+#: Temperature only.
+PLAIN = SamplingOptions()
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """Ask a sampler for `num_responses` responses to one tokenised prompt.
 
-    temperature 0 is greedy. Response j draws from the random stream (seed, j), whatever shares its batch.
+    temperature 0 is greedy. Response j draws from the random stream (seed, j), whatever shares its batch. `adapter` names
+    a LoRA adapter that the sampler holds; "" is the policy itself.
     """
 
     id: str
@@ -98,11 +126,25 @@ class GenerationRequest:
     max_tokens: int = 64
     temperature: float = 1.0
     seed: int = 0
+    options: SamplingOptions = PLAIN
+    adapter: str = ""
+
+
+@dataclass(frozen=True)
+class TopLogprobs:
+    """The n best alternatives at each of T positions, best first, under the distribution of the reported log-probabilities."""
+
+    ids_TN: np.ndarray  # [T, n] int32
+    logps_TN: np.ndarray  # [T, n] float32
 
 
 @dataclass(frozen=True)
 class Group:
-    """The G responses of one request, with what the sampler knew: its own log-probabilities and its policy's version."""
+    """The G responses of one request, with what the sampler knew: its own log-probabilities and its policy's version.
+
+    A response sampled while weights were updated in flight has tokens of several versions: `versions` then says which made
+    each; `version` is the one that the group was begun with.
+    """
 
     id: str
     prompt_T: np.ndarray  # [T] int32
@@ -111,6 +153,10 @@ class Group:
     finished: tuple[bool, ...]  # G; False: cut at max_tokens
     policy: str
     version: int
+    versions: tuple[np.ndarray, ...] = ()  # G x [T_g] int32 where any token is of another version, else empty
+    top: tuple[TopLogprobs, ...] = ()  # G, where options.logprobs asked for them
+    prompt_logp_T: np.ndarray | None = None  # [T] float32, the first NaN, where options.prompt_logprobs asked for it
+    prompt_top: TopLogprobs | None = None
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class TopLogprobs:
-    """The n best alternatives at each of T positions, best first, under the distribution of the reported log-probabilities."""
+    """The n best alternatives at each of T positions, best first, under the same distribution as the log-probabilities."""
 
     ids_TN: np.ndarray  # [T, n] int32
     logps_TN: np.ndarray  # [T, n] float32

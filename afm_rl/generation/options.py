@@ -11,7 +11,7 @@ OnUpdate = Literal["finish", "restart", "continue"]
 
 @dataclass(frozen=True)
 class Speculation:
-    """Guess `tokens` tokens ahead, by earlier occurrences of the last n-gram or by a draft model, and verify them at once."""
+    """Guess `tokens` tokens ahead, from earlier occurrences of the last n-gram or by a draft model; verify them at once."""
 
     kind: Literal["ngram", "draft"]
     tokens: int = 4

@@ -43,6 +43,7 @@ class Scheduler:
         self.pool, self.max_rows, self.prefix_cache = pool, max_rows, prefix_cache
         self.stems: deque[Stem] = deque()
         self.rows: list[Response] = []
+        self.draining = False  # no request is begun
         self.preemptions = 0
         self.cached_tokens = 0
 
@@ -71,6 +72,8 @@ class Scheduler:
         """A piece has been computed: its full pages are known from now on, if one version of the weights made them all."""
         stem = piece.stem
         stem.computed = piece.stop
+        if stem.filled and stem.job.prompt_scores is not None:
+            stem.job.prompt_scored = True
         if not self.prefix_cache or stem.version != version:
             return
         full = stem.computed // self.pool.page_size
@@ -103,6 +106,7 @@ class Scheduler:
         for response in unfinished:
             response.start_over()
         for job in jobs.values():
+            job.version, job.prompt_scored = -1, False
             members = deque(r for r in unfinished if r.job is job)
             self.stems.append(Stem(job, np.asarray(job.request.prompt_T, np.int32), members))
 
@@ -111,6 +115,8 @@ class Scheduler:
         expected = len(self.rows)
         for stem in self.stems:
             if expected >= self.max_rows:
+                return
+            if self.draining and not stem.job.begun:
                 return
             if not stem.started and not self._start(stem, f"{policy}/{version}", version):
                 return
@@ -132,6 +138,8 @@ class Scheduler:
         stem.pages = known + self.pool.allocate(needed)
         stem.computed = len(known) * size
         stem.remembered, stem.version, stem.started = len(known), version, True
+        if not stem.job.begun:
+            stem.job.version = version
         self.cached_tokens += stem.computed
         return True
 

@@ -86,6 +86,11 @@ class Job:
     prompt_scored: bool = False
 
     @property
+    def begun(self) -> bool:
+        """Whether it has had pages."""
+        return self.version >= 0
+
+    @property
     def done(self) -> bool:
         return all(response.done for response in self.responses)
 

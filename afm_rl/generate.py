@@ -18,18 +18,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from afm_rl.config import ModelConfig
+from afm_rl.generation.admission import Limits, check_request
 from afm_rl.generation.engine_weights import AdapterBank, EngineWeights, prepare
 from afm_rl.generation.options import EngineOptions
 from afm_rl.generation.pages import PagePool
 from afm_rl.generation.programs import Decoded
-from afm_rl.generation.runner import MAX_STOP_IDS, Runner
-from afm_rl.generation.sampling import check_options
-from afm_rl.generation.scheduler import Scheduler, page_need, tokens_to_fill
+from afm_rl.generation.results import group_of, take_tokens
+from afm_rl.generation.runner import Runner
+from afm_rl.generation.scheduler import Scheduler, tokens_to_fill
 from afm_rl.generation.sequences import Job, Response
-from afm_rl.types import GenerationRequest, Group, TopLogprobs
+from afm_rl.types import GenerationRequest, Group
 
 #: Rows that end before the batch is looked at again, as a share of it: each look costs about a millisecond.
 _LEAVING_SHARE = 16
@@ -86,8 +86,11 @@ class Generator:
         self.policy, self.version = "", -1
         self.max_context = min(self.options.max_context or config.max_positions, config.max_positions)
         self._text = decode
-        self._runner = Runner(config, self.options, max_context=self.max_context)
-        pool = PagePool(self._runner.pages, self.options.page_size)
+        self._runner = runner = Runner(config, self.options, max_context=self.max_context)
+        pool = PagePool(runner.pages, self.options.page_size)
+        self._limits = Limits(
+            config.vocab_size, self.max_context, config.max_positions, pool.pages, pool.page_size, runner.page_bytes
+        )
         self._scheduler = Scheduler(pool, max_rows=self.options.max_batch, prefix_cache=self.options.prefix_cache)
         self._bank: AdapterBank | None = None
         if self.options.max_adapters:
@@ -130,7 +133,7 @@ class Generator:
 
         Raises ValueError when a value is not finite; what was loaded before stays in use.
         """
-        base = prepare(params, self.config, jnp.dtype(self.options.compute_dtype))
+        base = prepare(dict(params), self.config, jnp.dtype(self.options.compute_dtype))
         if not bool(_all_finite(base)):
             raise ValueError(f"weights of policy {policy!r} version {version} hold values that are not finite")
         self._pending = _Update(base, policy, version)
@@ -165,7 +168,7 @@ class Generator:
     def step(self) -> list[Group]:
         """One step of the engine: the requests that it answered."""
         groups, self._unclaimed = self._unclaimed, []
-        return groups + [self._group(job) for job in self._step()]
+        return groups + [group_of(job, policy=self.policy) for job in self._step()]
 
     def cancel(self, request_id: str) -> None:
         """Give up every request of this id."""
@@ -181,9 +184,9 @@ class Generator:
         while len(answers) < len(jobs):
             for job in self._step():
                 if job in jobs:
-                    answers[job.arrival] = self._group(job)
+                    answers[job.arrival] = group_of(job, policy=self.policy)
                 else:
-                    self._unclaimed.append(self._group(job))
+                    self._unclaimed.append(group_of(job, policy=self.policy))
         return [answers[job.arrival] for job in jobs]
 
     def stream(self, request: GenerationRequest) -> Iterator[int]:
@@ -199,7 +202,7 @@ class Generator:
                 elif response.done:
                     return
                 else:
-                    self._unclaimed += [self._group(other) for other in self._step() if other is not job]
+                    self._unclaimed += [group_of(other, policy=self.policy) for other in self._step() if other is not job]
         finally:  # a reader may go away before the end
             if job.arrival in self._jobs:
                 self._give_up(job)
@@ -207,46 +210,12 @@ class Generator:
     def _check(self, request: GenerationRequest) -> None:
         if self.version < 0 and self._pending is None:
             raise NoWeightsError("no weights loaded: call load() before generate()")
-        name, length = f"request {request.id!r}", len(request.prompt_T)
-        if length == 0:
-            raise ValueError(f"{name} has an empty prompt")
-        if request.num_responses < 1 or request.max_tokens < 1 or not 0 <= request.temperature < float("inf"):
-            raise ValueError(
-                f"{name}: num_responses and max_tokens must be at least 1 and temperature not negative, got "
-                f"{request.num_responses}, {request.max_tokens}, {request.temperature}"
-            )
-        tokens = np.asarray(request.prompt_T)
-        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
-            raise ValueError(f"{name}: the prompt has token ids outside 0..{self.config.vocab_size - 1}")
-        if length + request.max_tokens > self.max_context:
-            raise ValueError(
-                f"{name}: prompt of {length} tokens + {request.max_tokens} new ones exceeds {self.max_context} positions "
-                f"(the model has {self.config.max_positions})"
-            )
-        pool = self._scheduler.pool
-        needed = page_need(length, request.max_tokens, pool.page_size)
-        if needed > pool.pages:
-            mib = needed * self._runner.page_bytes / 2**20
-            raise ValueError(
-                f"{name}: prompt of {length} tokens + {request.max_tokens} new ones need {needed} pages ({mib:.1f} MiB) of the "
-                f"key-value cache, which has {pool.pages}; raise kv_cache or shorten the request"
-            )
-        if request.adapter and request.adapter not in self.adapters:
-            raise ValueError(f"{name}: unknown adapter {request.adapter!r}; held: {', '.join(self.adapters) or 'none'}")
-        if request.options.stop and self._text is None:
-            raise ValueError(f"{name}: stop strings need a tokenizer, which this engine was not given; use stop_ids")
-        try:
-            check_options(request.options, vocab_size=self.config.vocab_size)
-            self._stop_ids(request)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        ids = self._stop_ids(request)
+        check_request(request, self._limits, stop_ids=ids, adapters=self.adapters, has_text=self._text is not None)
 
     def _stop_ids(self, request: GenerationRequest) -> tuple[int, ...]:
         own = () if request.options.ignore_stop else self.stop_ids
-        ids = tuple(dict.fromkeys((*own, *request.options.stop_ids)))
-        if len(ids) > MAX_STOP_IDS:
-            raise ValueError(f"{len(ids)} tokens end a response; at most {MAX_STOP_IDS} may")
-        return ids
+        return tuple(dict.fromkeys((*own, *request.options.stop_ids)))
 
     def _submit(self, request: GenerationRequest) -> Job:
         self._check(request)
@@ -296,37 +265,13 @@ class Generator:
         """Give the rows their tokens; rows that ended leave. The jobs that ended with them."""
         self._counts["row_steps"] += len(decoded.count_R) * int(decoded.count_R.max())
         self._counts["occupied_row_steps"] += int(decoded.count_R.sum())
-        for r, row in enumerate(rows):
-            count, before = int(decoded.count_R[r]), len(row.tokens)
-            row.tokens += decoded.token_RS[r, :count].tolist()
-            row.logps += decoded.logp_RS[r, :count].tolist()
-            row.versions += [self.version] * count
-            if row.request.options.logprobs:
-                row.top_ids += list(decoded.top_ids_RSN[r, :count])
-                row.top_logps += list(decoded.top_logps_RSN[r, :count])
-            row.stopped = bool(decoded.stopped_R[r])
-            self._cut_at_stop_string(row, before)
-            row.done = row.stopped or row.left == 0
-            self._counts["response_tokens"] += len(row.tokens) - before
+        self._counts["response_tokens"] += take_tokens(rows, decoded, version=self.version, text=self._text)
         for row in [row for row in rows if row.done]:
             self._scheduler.leave(row)
         done = {row.job.arrival: row.job for row in rows if row.job.done}
         for arrival in done:
             del self._jobs[arrival]
         return list(done.values())
-
-    def _cut_at_stop_string(self, row: Response, before: int) -> None:
-        """End a response with the token that completes a stop string; `before` tokens have been looked at already."""
-        stops = row.request.options.stop
-        if not stops or self._text is None or not any(stop in self._text(row.tokens) for stop in stops):
-            return
-        for count in range(max(before, row.request.options.min_tokens) + 1, len(row.tokens) + 1):
-            text = self._text(row.tokens[:count])
-            if any(stop in text for stop in stops):
-                for kept in (row.tokens, row.logps, row.versions, row.top_ids, row.top_logps):
-                    del kept[count:]
-                row.stopped = True
-                return
 
     def _update(self) -> None:
         """Change to the pending weights if that is allowed now."""
@@ -360,30 +305,6 @@ class Generator:
     def _give_up(self, job: Job) -> None:
         self._scheduler.remove(job)
         del self._jobs[job.arrival]
-
-    def _group(self, job: Job) -> Group:
-        """What the caller gets of an answered request."""
-        request, responses, scores = job.request, job.responses, job.prompt_scores
-        mixed = any(version != job.version for r in responses for version in r.versions)
-        top = request.options.logprobs
-        wanted = request.options.prompt_logprobs
-        return Group(
-            request.id,
-            np.asarray(request.prompt_T, np.int32),
-            tuple(np.array(r.tokens, np.int32) for r in responses),
-            tuple(np.array(r.logps, np.float32) for r in responses),
-            tuple(r.stopped for r in responses),
-            self.policy,
-            job.version,
-            versions=tuple(np.array(r.versions, np.int32) for r in responses) if mixed else (),
-            top=tuple(TopLogprobs(np.stack(r.top_ids)[:, :top], np.stack(r.top_logps)[:, :top]) for r in responses)
-            if top
-            else (),
-            prompt_logp_T=scores.logp_T if scores else None,
-            prompt_top=TopLogprobs(scores.top_ids_TN[:, :wanted], scores.top_logps_TN[:, :wanted])
-            if scores and wanted
-            else None,
-        )
 
 
 def request_seed(*parts: object) -> int:

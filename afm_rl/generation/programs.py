@@ -20,7 +20,7 @@ from afm_rl.config import ModelConfig
 from afm_rl.generation.engine_weights import EngineWeights, with_adapters
 from afm_rl.generation.options import EngineOptions
 from afm_rl.generation.paged_attention import Implementation, paged_attention
-from afm_rl.generation.paged_cache import FlatTokens, PagedCache
+from afm_rl.generation.paged_cache import Array, FlatTokens, PagedCache
 from afm_rl.generation.sampling import MAX_TOP, FullRows, draw_full, draw_plain, uniforms
 from afm_rl.model import block, embedding_table, logits, rms_norm, rotation
 
@@ -51,27 +51,27 @@ _TRACED: Counter[tuple[Static, str]] = Counter()
 class RowInputs(NamedTuple):
     """What the decoding of R rows must know; a padding row has position -1."""
 
-    token_R: jax.Array  # int32, the token that is decoded first
-    position_R: jax.Array  # int32, where it lies
-    blocks_RB: jax.Array  # int32
-    adapter_R: jax.Array  # int32, -1: none
-    seed_R: jax.Array  # uint32
-    response_R: jax.Array  # int32
-    index_R: jax.Array  # int32, how many tokens the response has
-    left_R: jax.Array  # int32, how many it may get
-    temperature_R: jax.Array  # float32
-    stop_RE: jax.Array  # int32, tokens that end it, padded with -1
+    token_R: Array  # int32, the token that is decoded first
+    position_R: Array  # int32, where it lies
+    blocks_RB: Array  # int32
+    adapter_R: Array  # int32, -1: none
+    seed_R: Array  # uint32
+    response_R: Array  # int32
+    index_R: Array  # int32, how many tokens the response has
+    left_R: Array  # int32, how many it may get
+    temperature_R: Array  # float32
+    stop_RE: Array  # int32, tokens that end it, padded with -1
 
 
 class Decoded(NamedTuple):
     """`steps` tokens of every row; a row has its own count of them in `count_R`, and `stopped_R` where a token ended it."""
 
-    token_RS: jax.Array
-    logp_RS: jax.Array
-    count_R: jax.Array
-    stopped_R: jax.Array
-    top_ids_RSN: jax.Array  # N = 0 without alternatives
-    top_logps_RSN: jax.Array
+    token_RS: Array
+    logp_RS: Array
+    count_R: Array
+    stopped_R: Array
+    top_ids_RSN: Array  # N = 0 without alternatives
+    top_logps_RSN: Array
 
 
 class _Loop(NamedTuple):

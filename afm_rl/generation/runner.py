@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from afm_rl.config import ModelConfig
+from afm_rl.generation.admission import MAX_STOP_IDS
 from afm_rl.generation.engine_weights import EngineWeights
 from afm_rl.generation.options import EngineOptions
 from afm_rl.generation.paged_cache import FlatTokens, empty_cache, page_bytes
@@ -38,8 +39,6 @@ from afm_rl.generation.sampling import FullRows, full_rows
 from afm_rl.generation.scheduler import Piece
 from afm_rl.generation.sequences import PromptScores, Response, Stem
 
-#: Tokens that may end a response, the policy's own and the request's.
-MAX_STOP_IDS = 32
 #: Stems filled by one call.
 MAX_PIECES = 64
 

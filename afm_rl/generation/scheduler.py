@@ -104,7 +104,7 @@ class Scheduler:
         self.stems.clear()
         jobs = {id(r.job): r.job for r in unfinished}
         for response in unfinished:
-            response.start_over()
+            response.cut(0)
         for job in jobs.values():
             job.version, job.prompt_scored = -1, False
             members = deque(r for r in unfinished if r.job is job)
@@ -230,12 +230,6 @@ class Scheduler:
     def _release(self, response: Response) -> None:
         self.pool.release(response.pages)
         response.pages = []
-
-
-def page_need(prompt: int, max_tokens: int, page_size: int) -> int:
-    """Pages that one response needs to run to its end alone, the prompt's own copy of a page that is not full included."""
-    written = prompt + max_tokens - 1
-    return -(-written // page_size) + (1 if (prompt - 1) % page_size else 0)
 
 
 def tokens_to_fill(pieces: Iterable[Piece]) -> int:

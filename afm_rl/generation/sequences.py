@@ -54,10 +54,10 @@ class Response:
         """Order of arrival."""
         return self.job.arrival, self.index
 
-    def start_over(self) -> None:
-        """Drop every token."""
+    def cut(self, count: int) -> None:
+        """Drop every token but the first `count`."""
         for kept in (self.tokens, self.logps, self.versions, self.top_ids, self.top_logps):
-            kept.clear()
+            del kept[count:]
 
 
 class PromptScores(NamedTuple):

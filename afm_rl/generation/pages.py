@@ -86,13 +86,6 @@ class PagePool:
             self._page_of[key] = page
             self._key_of[page] = key
 
-    def forget_all(self) -> None:
-        """No prefix is known any more."""
-        for page in list(self._key_of):
-            self._forget(page)
-        self._free.extend(self._idle)
-        self._idle.clear()
-
     def _forget(self, page: int) -> None:
         del self._page_of[self._key_of.pop(page)]
 

@@ -112,9 +112,11 @@ class Runner:
         # A plain row must not depend on there being others: each kind is drawn by its own program.
         drawn = Decoded(*(np.asarray(x) for x in draw(logits_NV, inputs, full, seen_RV, static=self.static)))
         plain_R = np.array([row.request.options.plain for row in rows] + [True] * (size - len(rows)))
-        pick = lambda a, b: np.where(plain_R.reshape(-1, *[1] * (a.ndim - 1)), a, b)
-        merged = [pick(a, b) for a, b in zip(decoded[:4], drawn[:4], strict=True)]
-        return Decoded(*merged, drawn.top_ids_RSN, drawn.top_logps_RSN)
+        return drawn._replace(
+            token_RS=np.where(plain_R[:, None], decoded.token_RS, drawn.token_RS),
+            logp_RS=np.where(plain_R[:, None], decoded.logp_RS, drawn.logp_RS),
+            stopped_R=np.where(plain_R, decoded.stopped_R, drawn.stopped_R),
+        )
 
     def _weights(self) -> EngineWeights:
         assert self.weights is not None

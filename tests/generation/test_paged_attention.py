@@ -90,9 +90,7 @@ def reference(case: Case) -> np.ndarray:
     ("heads", "head_dim", "page"),
     [((4, 2), 16, 8), ((2, 2), 8, 16), ((8, 1), 24, 8), ((6, 2), 64, 16), ((5, 5), 40, 24)],
 )
-def test_it_is_attention_over_the_past(
-    implementation: str, heads: tuple[int, int], head_dim: int, page: int
-) -> None:
+def test_it_is_attention_over_the_past(implementation: str, heads: tuple[int, int], head_dim: int, page: int) -> None:
     """Prefill, decode and a chunk in the middle, of lengths around a page's border."""
     spans = [(0, 1), (0, 2 * page), (page - 1, page), (page, page + 1), (3, page + 5), (5 * page - 1, 5 * page + 2)]
     case = make_case(spans, heads=heads, head_dim=head_dim, page=page)

@@ -161,6 +161,13 @@ class Generator:
         """Names of the adapters held."""
         return [name for name in self._bank.names if name] if self._bank else []
 
+    def rest(self) -> None:
+        """Give the cache's memory, and the prefixes in it, back until the next request. Only while nothing runs."""
+        if self._jobs:
+            raise RuntimeError(f"an engine cannot rest: {len(self._jobs)} requests are unfinished")
+        self._runner.rest()
+        self._scheduler.pool = PagePool(self._runner.pages, self.options.page_size)
+
     def submit(self, request: GenerationRequest) -> None:
         """Put a request into the queue. Raises ValueError for one that can never run; nothing else is affected."""
         self._submit(request)
@@ -237,6 +244,7 @@ class Generator:
         self._update()
         if not self._jobs:
             return []
+        self._runner.wake()
         options, scheduler = self.options, self._scheduler
         together = options.deterministic
         work = scheduler.schedule(
@@ -257,9 +265,9 @@ class Generator:
         self._counts["prompt_tokens"] += tokens_to_fill(work.pieces)
         for piece in work.pieces:
             scheduler.filled(piece, version=self.version)
-        if decoded is None:
-            return []
-        return self._take(work.rows, decoded)
+        for job in work.answered:
+            del self._jobs[job.arrival]
+        return work.answered + (self._take(work.rows, decoded) if decoded is not None else [])
 
     def _take(self, rows: Sequence[Response], decoded: Decoded) -> list[Job]:
         """Give the rows their tokens; rows that ended leave. The jobs that ended with them."""

@@ -124,6 +124,7 @@ class GenerationRequest:
 
     temperature 0 is greedy. Response j draws from the random stream (seed, j), whatever shares its batch. `adapter` names
     a LoRA adapter that the sampler holds; "" is the policy itself.
+    max_tokens 0 asks for nothing but the prompt's log-probabilities.
     """
 
     id: str

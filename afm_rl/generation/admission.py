@@ -46,14 +46,15 @@ def check_request(
 
 def page_need(prompt: int, max_tokens: int, page_size: int) -> int:
     """Pages that one response needs to run to its end alone, the prompt's own copy of a page that is not full included."""
-    written = prompt + max_tokens - 1
+    written = prompt + max(max_tokens, 1) - 1
     return -(-written // page_size) + (1 if (prompt - 1) % page_size else 0)
 
 
 def _check_numbers(request: GenerationRequest) -> None:
     if len(request.prompt_T) == 0:
         raise ValueError("empty prompt")
-    if request.num_responses < 1 or request.max_tokens < 1 or not 0 <= request.temperature < float("inf"):
+    least = 1 if request.options.prompt_logprobs is None else 0
+    if request.num_responses < 1 or request.max_tokens < least or not 0 <= request.temperature < float("inf"):
         raise ValueError(
             "num_responses and max_tokens must be at least 1 and temperature not negative, got "
             f"{request.num_responses}, {request.max_tokens}, {request.temperature}"

@@ -5,20 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-#: What weights that arrive while requests run do: wait for them, start them over, or change them in flight.
+#: What becomes of running requests when weights arrive: they finish on the old ones (new requests wait for them), start
+#: again on the new ones, or go on with the new ones from their next token.
 OnUpdate = Literal["finish", "restart", "continue"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Speculation:
-    """Guess `tokens` tokens ahead, from earlier occurrences of the last n-gram or by a draft model; verify them at once."""
+    """Guess `tokens` tokens a step, from what the sequence repeats (ngram) or by a small model (draft), and verify them.
+
+    An n-gram has `max_ngram` tokens at most. `draft` is the small model's folder, for whoever loads it.
+    """
 
     kind: Literal["ngram", "draft"]
     tokens: int = 4
     max_ngram: int = 3
+    draft: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """Options of one engine.
 
@@ -41,4 +46,13 @@ class EngineOptions:
     max_adapters: int = 0
     max_adapter_rank: int = 16
     prefix_cache: bool = True
-    speculation: Speculation | None = None
+    speculative: Speculation | None = None
+
+    def __post_init__(self) -> None:
+        counts = {name: getattr(self, name) for name in ("max_batch", "page_size", "prefill_chunk", "decode_steps")}
+        if small := [f"{name} {count}" for name, count in counts.items() if count < 1]:
+            raise ValueError(f"an engine needs at least 1 of each: {', '.join(small)}")
+        if self.page_size % 8:
+            raise ValueError(f"page_size must be a multiple of 8, got {self.page_size}")
+        if self.deterministic and self.speculative is not None:
+            raise ValueError("deterministic and speculative exclude each other: speculation verifies in shapes of its own")

@@ -10,6 +10,7 @@ Shapes: N tokens, R rows, B blocks of a row, S steps, V vocab.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from afm_rl.config import ModelConfig
 from afm_rl.generation.admission import MAX_STOP_IDS
 from afm_rl.generation.engine_weights import EngineWeights
 from afm_rl.generation.options import EngineOptions
-from afm_rl.generation.paged_cache import FlatTokens, empty_cache, page_bytes
+from afm_rl.generation.paged_cache import FlatTokens, PagedCache, empty_cache, page_bytes
 from afm_rl.generation.pages import RESERVED_PAGES
 from afm_rl.generation.programs import (
     COPIES,
@@ -55,13 +56,23 @@ class Runner:
         most = options.max_batch * (self.blocks + 1)  # more could never be in use
         self.pages = RESERVED_PAGES + min(options.kv_cache_bytes // bytes_, most)
         self.page_bytes = bytes_
-        self.cache = empty_cache(config, pages=self.pages, page_size=options.page_size, dtype=cache_dtype)
+        self._empty = partial(empty_cache, config, pages=self.pages, page_size=options.page_size, dtype=cache_dtype)
+        self.cache: PagedCache | None = self._empty()
         self.weights: EngineWeights | None = None
 
     @property
     def compiled_programs(self) -> int:
         """Programs compiled so far; at most `plan.programs`."""
         return self.static.compiled
+
+    def rest(self) -> None:
+        """Give the cache's memory back."""
+        self.cache = None
+
+    def wake(self) -> None:
+        """Have a cache again, an empty one, after a rest."""
+        if self.cache is None:
+            self.cache = self._empty()
 
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy pages (source, target)."""

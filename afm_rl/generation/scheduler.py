@@ -28,12 +28,16 @@ class Piece:
 
 @dataclass
 class Work:
-    """One step: pages to copy first, then pieces to fill, then rows that each decode up to `steps` tokens."""
+    """One step: pages to copy first, then pieces to fill, then rows that each decode up to `steps` tokens.
+
+    `answered` are requests for no tokens, whose prompts have been filled.
+    """
 
     copies: list[tuple[int, int]] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
     rows: list[Response] = field(default_factory=list)
     steps: int = 0
+    answered: list[Job] = field(default_factory=list)
 
 
 class Scheduler:
@@ -156,6 +160,8 @@ class Scheduler:
     def _fork(self, work: Work) -> None:
         """Responses of filled stems become rows, while there are rows and pages."""
         for stem in list(self.stems):
+            if stem.filled and stem.job.request.max_tokens == 0:
+                self._answer(stem, work)
             while stem.filled and stem.waiting and len(self.rows) < self.max_rows:
                 if not self.rows:
                     self._take_back(1, [], sparing=stem)
@@ -163,8 +169,15 @@ class Scheduler:
                     return
                 self._fork_one(stem, work)
             if stem.filled and not stem.waiting:
-                self.pool.release(stem.pages)  # empty by now, but for a stem whose every response was given up
                 self.stems.remove(stem)
+
+    def _answer(self, stem: Stem, work: Work) -> None:
+        for response in stem.waiting:
+            response.done = True
+        stem.waiting.clear()
+        self._reset(stem)
+        work.answered.append(stem.job)
+        self.stems.remove(stem)
 
     def _fork_one(self, stem: Stem, work: Work) -> None:
         response = stem.waiting.popleft()

@@ -28,7 +28,7 @@ from afm_rl.generation.programs import Decoded
 from afm_rl.generation.results import group_of, take_tokens
 from afm_rl.generation.runner import Runner
 from afm_rl.generation.scheduler import Scheduler, tokens_to_fill
-from afm_rl.generation.sequences import Job, Response
+from afm_rl.generation.sequences import Job, PromptScores, Response
 from afm_rl.types import GenerationRequest, Group
 
 #: Rows that end before the batch is looked at again, as a share of it: each look costs about a millisecond.
@@ -233,6 +233,8 @@ class Generator:
                 self._bank.names.index(request.adapter),
                 f"{request.adapter}/{self._adapter_loads}",
             )
+        if (wanted := request.options.prompt_logprobs) is not None:
+            job.prompt_scores = PromptScores.unknown(len(request.prompt_T), wanted)
         job.responses = [Response(job, j) for j in range(request.num_responses)]
         self._arrivals += 1
         self._jobs[job.arrival] = job

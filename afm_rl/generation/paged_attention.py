@@ -52,7 +52,12 @@ def paged_attention(
 def _check(q_NQH: jax.Array, k_NKH: jax.Array, v_NKH: jax.Array, cache: PagedCache, layer: int) -> None:
     N, Q, H = q_NQH.shape
     L, pages, K, _, page_size = cache.k.shape
-    expected = {"k": (N, K, H), "v": (N, K, H), "cache.k": (L, pages, K, H, page_size), "cache.v": (L, pages, K, page_size, H)}
+    expected = {
+        "k": (N, K, H),
+        "v": (N, K, H),
+        "cache.k": (L, pages, K, H, page_size),
+        "cache.v": (L, pages, K, page_size, H),
+    }
     for (name, shape), array in zip(expected.items(), (k_NKH, v_NKH, cache.k, cache.v), strict=True):
         if array.shape != shape:
             raise ValueError(f"paged attention: {name} has the shape {array.shape}, expected {shape}")
@@ -112,7 +117,9 @@ def _read_group(q_CQH: jax.Array, cache: PagedCache, layer: int, position_C: jax
         new_top_CKM = jnp.maximum(top_CKM, scores_CKMS.max(-1))
         weights_CKMS = jnp.where(visible_CS[:, None, None], jnp.exp(scores_CKMS - new_top_CKM[..., None]), 0.0)
         v_CKSH = jnp.where(visible_CS[:, None, :, None], v_CKSH, 0)  # what lies beyond may be anything, NaN included
-        turn_CKMH = jnp.einsum("ckms,cksh->ckmh", weights_CKMS.astype(v_CKSH.dtype), v_CKSH, preferred_element_type=jnp.float32)
+        turn_CKMH = jnp.einsum(
+            "ckms,cksh->ckmh", weights_CKMS.astype(v_CKSH.dtype), v_CKSH, preferred_element_type=jnp.float32
+        )
         kept_CKM = jnp.exp(top_CKM - new_top_CKM)
         return new_top_CKM, kept_CKM * total_CKM + weights_CKMS.sum(-1), kept_CKM[..., None] * mixed_CKMH + turn_CKMH
 

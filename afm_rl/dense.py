@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from afm_rl.lora import LoraWeight
+from afm_rl.lora import BankedLora, LoraWeight
 from afm_rl.quantized import PalettizedWeight
 from afm_rl.sharding import Axis, constrain
 
@@ -35,6 +35,10 @@ def dense(x: jax.Array, weight: Any, *, split: Split = None, out_dtype: Any = No
         low_rank = dense(dense(x, weight.a), weight.b)
         out = dense(x, weight.base, split=split, out_dtype=out_dtype)
         return out + (weight.scale * low_rank).astype(out.dtype)
+    if isinstance(weight, BankedLora):
+        low_rank = dense(x, weight.a, out_dtype=jnp.float32) * weight.share
+        out = dense(x, weight.base, split=split, out_dtype=out_dtype)
+        return out + dense(low_rank.astype(x.dtype), weight.b).astype(out.dtype)
     if isinstance(weight, PalettizedWeight):
         weight = weight.dequantize()
     return _product(x, weight, split, jnp.dtype(out_dtype or x.dtype))

@@ -45,6 +45,21 @@ class LoraWeight:
         return tuple(self.base.shape)
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["base", "a", "b", "share"], meta_fields=[])
+@dataclass(frozen=True)
+class BankedLora:
+    """One layer's projection with several adapters side by side, of which each of N tokens uses its own (or none).
+
+    base [out, in], a [A * r, in], b [out, A * r]; share [N, A * r] is the scale in the columns of a token's adapter and 0
+    in all others.
+    """
+
+    base: Any
+    a: jax.Array
+    b: jax.Array
+    share: jax.Array
+
+
 def projection_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """(out, in) of every projection of one layer."""
     q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim

@@ -107,6 +107,12 @@ class SamplingOptions:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Whether the temperature alone decides each token, and no alternatives are asked for."""
+        cuts = self.top_k == 0 and self.top_p == 1.0 and self.min_p == 0.0 and self.min_tokens == 0
+        return cuts and self.repetition_penalty == 1.0 and not self.logit_bias and not self.logprobs
+
 
 #: Temperature only.
 PLAIN = SamplingOptions()
@@ -118,6 +124,7 @@ class GenerationRequest:
 
     temperature 0 is greedy. Response j draws from the random stream (seed, j), whatever shares its batch. `adapter` names
     a LoRA adapter that the sampler holds; "" is the policy itself.
+    max_tokens 0 asks for nothing but the prompt's log-probabilities.
     """
 
     id: str

@@ -1,6 +1,6 @@
-"""Generation: the cache agrees with a full forward pass, draws follow the distribution, responses end where they must.
+"""Generation: what the facade promises; draws follow the distribution, responses end where they must.
 
-Requests come as four times two responses almost everywhere: one compiled program serves the whole file.
+How the engine behaves under load is tested in tests/generation/.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from afm_rl.config import ModelConfig
-from afm_rl.generate import Generator, NoWeightsError, _Batch, _sample, _stream_keys, request_seed
+from afm_rl.generate import Generator, NoWeightsError, request_seed
+from afm_rl.generation.options import EngineOptions
 from afm_rl.model import forward, logits
 from afm_rl.parameters import Params, ParamSpec, param_specs
-from afm_rl.types import GenerationRequest, Group
+from afm_rl.types import GenerationRequest, Group, SamplingOptions
 
 CONFIG = ModelConfig(11, 8, 16, 2, 4, 2, 4, max_positions=48)
 STOP, NEVER = 3, -1
@@ -57,7 +58,7 @@ def ask(prompt: Sequence[int] | np.ndarray, name: str = "r", **options: object) 
 
 
 def make(stop_ids: Sequence[int] = (STOP, NEVER)) -> Generator:
-    generator = Generator(CONFIG, stop_ids=stop_ids, max_batch=8)
+    generator = Generator(CONFIG, stop_ids=stop_ids, options=EngineOptions(max_batch=8))
     generator.load(PARAMS, policy="sft", version=7)
     return generator
 
@@ -129,11 +130,11 @@ def test_several_stop_ids() -> None:
 
 @pytest.mark.parametrize(("temperature", "prompt"), [(0.0, 0), (1.3, 0), (1.3, 1)])
 def test_a_stream_gives_the_tokens_of_generate(generator: Generator, temperature: float, prompt: int) -> None:
-    """Guards the server: streaming is the same program, cut into chunks, and it ends at the stop token."""
+    """Guards the server: a stream is a request like any other, and it ends at the stop token."""
     for seed in range(3):
         request = ask(PROMPTS[prompt], max_tokens=11, temperature=temperature, seed=seed)
         whole = generator.generate([request])[0]
-        assert list(generator.stream(request, chunk=3)) == whole.responses[0].tolist()
+        assert list(generator.stream(request)) == whole.responses[0].tolist()
 
 
 def test_streamed_tokens_are_counted() -> None:
@@ -141,11 +142,11 @@ def test_streamed_tokens_are_counted() -> None:
     generator = make()
     request = ask(PROMPTS[0], max_tokens=11, temperature=1.3)
     tokens = list(generator.stream(request))
-    assert (generator.stats.prompt_tokens, generator.stats.response_tokens) == (3, len(tokens))
+    assert (generator.stats.prompt_tokens, generator.stats.response_tokens) == (2, len(tokens))
     left = generator.stream(request)
     next(left)
     left.close()  # type: ignore[attr-defined]
-    assert (generator.stats.prompt_tokens, generator.stats.batches) == (6, 2)
+    assert (generator.stats.prompt_tokens, generator.unfinished, generator.stats.running) == (4, 0, 0)
 
 
 def test_batch_mates_do_not_change_a_response(generator: Generator) -> None:
@@ -175,7 +176,6 @@ def test_answers_come_in_order_across_batches() -> None:
     for request, group in zip(requests, groups, strict=True):
         np.testing.assert_array_equal(group.prompt_T, request.prompt_T)
         np.testing.assert_array_equal(group.responses[0], full_logps(group, 0, 1.0).argmax(-1))
-    assert generator.stats.batches == 3
     assert generator.stats.response_tokens == sum(len(r) for g in groups for r in g.responses)
 
 
@@ -184,7 +184,7 @@ TOY, DRAWS = ModelConfig(6, 4, 8, 1, 1, 1, 4, max_positions=48), 4096
 
 def draw(params: Params, request: GenerationRequest) -> np.ndarray:
     """[DRAWS, T] tokens of a model of six tokens."""
-    generator = Generator(TOY, stop_ids=(), max_batch=DRAWS)
+    generator = Generator(TOY, stop_ids=(), options=EngineOptions(max_batch=DRAWS))
     generator.load(params, policy="p", version=0)
     return np.stack(generator.generate([request])[0].responses)
 
@@ -214,18 +214,6 @@ def test_a_token_without_probability_is_never_drawn() -> None:
     np.testing.assert_array_equal(np.unique(tokens), [1, 2, 3, 4])
 
 
-@pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (0.499, 1), (0.5, 3), (1 - 2**-24, 3)])
-def test_the_ends_of_the_uniform(monkeypatch: pytest.MonkeyPatch, uniform: float, token: int) -> None:
-    """Guards a draw of exactly 0, of a boundary, and of the largest float below 1: impossible tokens are jumped over."""
-    monkeypatch.setattr(jax.random, "uniform", lambda key: jnp.float32(uniform) + 0 * jax.random.key_data(key)[0])
-    half = np.log([0.0, 0.5, 0.0, 0.5, 0.0], where=[False, True, False, True, False], out=np.full(5, -np.inf))
-    one = jnp.ones(1, jnp.int32)
-    batch = _Batch(one, one, jnp.ones(1), _stream_keys(jnp.zeros((1, 1, 2), jnp.uint32)), one)
-    found, logp = _sample(jnp.asarray(half, jnp.float32)[None, None], batch, jnp.int32(0))
-    assert int(found[0, 0]) == token
-    assert float(logp[0, 0]) == pytest.approx(np.log(0.5))
-
-
 def test_seeds_and_responses_have_their_own_streams(generator: Generator) -> None:
     """Guards against the same answer G times, and against seeds that overlap."""
     requests = [ask(PROMPTS[0], max_tokens=16, temperature=3.0, seed=s, num_responses=2) for s in (0, 1, 2**32 - 1)]
@@ -242,8 +230,13 @@ def test_seeds_and_responses_have_their_own_streams(generator: Generator) -> Non
         (ask([1], max_tokens=1, num_responses=0), "num_responses and max_tokens must be at least 1"),
         (ask([1], max_tokens=0), "num_responses and max_tokens must be at least 1"),
         (ask([1], max_tokens=1, temperature=-1.0), "temperature not negative"),
-        (ask([1] * 44, max_tokens=5), "44 tokens \\+ 5 new ones exceeds the model's 48 positions"),
-        (ask([1], num_responses=9, max_tokens=1), "9 responses exceed max_batch 8"),
+        (ask([1] * 44, max_tokens=5), "44 tokens \\+ 5 new ones exceeds the 48 positions of a context"),
+        (ask([1], max_tokens=1, temperature=float("nan")), "temperature not negative"),
+        (ask([1, 11], max_tokens=1), "token ids outside 0..10"),
+        (ask([1], max_tokens=1, adapter="tone"), "unknown adapter 'tone'; held: none"),
+        (ask([1], max_tokens=1, options=SamplingOptions(stop=("x",))), "stop strings need a tokenizer"),
+        (ask([1], max_tokens=1, options=SamplingOptions(stop_ids=tuple(range(33)))), "tokens end a response; at most"),
+        (ask([1], max_tokens=1, options=SamplingOptions(top_p=1.5)), "top_p"),
     ],
 )
 def test_impossible_requests_are_refused(generator: Generator, request_: GenerationRequest, message: str) -> None:
@@ -276,7 +269,7 @@ def test_the_longest_request_fits() -> None:
 @pytest.mark.slow
 def test_bfloat16_generation_is_close() -> None:
     """Guards the type of the cache: float32 log-probabilities within bfloat16's error of the float32 ones."""
-    low = Generator(CONFIG, stop_ids=(NEVER, NEVER), max_batch=8, compute_dtype="bfloat16")
+    low = Generator(CONFIG, stop_ids=(NEVER, NEVER), options=EngineOptions(max_batch=8, compute_dtype="bfloat16"))
     low.load(random_params(CONFIG, scale=1.0), policy="p", version=0)
     exact = make((NEVER, NEVER))
     exact.load(random_params(CONFIG, scale=1.0), policy="p", version=0)

@@ -15,6 +15,9 @@ import jax.numpy as jnp
 
 from afm_rl.config import ModelConfig
 
+#: What a program is given: a NumPy or a JAX array.
+Array = Any
+
 
 class PagedCache(NamedTuple):
     """Keys [L, pages, K, H, page] and values [L, pages, K, page, H]."""
@@ -35,10 +38,10 @@ class FlatTokens(NamedTuple):
     A padding token has position -1.
     """
 
-    token_N: jax.Array  # int32
-    position_N: jax.Array  # int32
-    row_N: jax.Array  # int32
-    blocks_RB: jax.Array  # int32
+    token_N: Array  # int32
+    position_N: Array  # int32
+    row_N: Array  # int32
+    blocks_RB: Array  # int32
 
 
 def empty_cache(config: ModelConfig, *, pages: int, page_size: int, dtype: Any) -> PagedCache:

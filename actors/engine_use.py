@@ -34,7 +34,7 @@ COUNTERS = (
 class EngineUse:
     """Counters since the start, summed over an actor's engines; then its state, compiled programs included.
 
-    `prompt_tokens` includes the `cached_prompt_tokens`; `queued_steps` adds up the requests waiting at every step;
+    `prompt_tokens` were computed, `cached_prompt_tokens` found; `queued_steps` adds up the requests waiting at every step;
     `occupied_row_steps` of `row_steps` rows had a response in them; `busy_s` is time spent in steps.
     """
 
@@ -81,7 +81,7 @@ class EngineUse:
         return {
             "tokens_per_s": _share(self.response_tokens, self.busy_s),
             "batch_occupancy": _share(self.occupied_row_steps, self.row_steps),
-            "cache_hit_rate": _share(self.cached_prompt_tokens, self.prompt_tokens),
+            "cache_hit_rate": _share(self.cached_prompt_tokens, self.cached_prompt_tokens + self.prompt_tokens),
             "queue_depth": _share(self.queued_steps, self.steps),
             "preemptions": self.preemptions,
             "response_tokens": self.response_tokens,
@@ -109,10 +109,7 @@ class LiveGauges:
             if not self._metrics.sinks or (busy and self._clock() < self._due_s):
                 return
             before, self._seen, self._due_s = self._seen, look(), self._clock() + LIVE_EVERY_S
-            held = {"running": self._seen.running, "waiting": self._seen.waiting}
-            values = {
-                **rates(before, self._seen),
-                **held,
-                "free_page_share": _share(self._seen.free_pages, self._seen.pages),
-            }
-            self._metrics.log(stage=LIVE_STAGE, task=self._name, step=self._seen.steps, values=values)
+            now = self._seen
+            state = {"running": now.running, "waiting": now.waiting, "free_page_share": _share(now.free_pages, now.pages)}
+            values = {**now.since(before).metrics(), **state}
+            self._metrics.log(stage=ENGINE_STAGE, task=self._name, step=now.steps, values=values)

@@ -104,6 +104,9 @@ class Committee:
                 f"asked for policy {policy!r}, but no weights of it were delivered here; held: "
                 f"{', '.join(self.members()) or 'none'}"
             )
+        for name, held in self._members.items():
+            if name != policy:
+                held.engine.rest()
         return self._members[policy].engine.stream(requests)
 
     def use(self) -> EngineUse:

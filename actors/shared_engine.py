@@ -78,6 +78,12 @@ class SharedEngine:
         counted = {name: getattr(self._generator.stats, name) for name in EngineUse.of_generator()}
         return EngineUse(**counted, version=self._version, busy_s=self._busy_s, queued_steps=self._queued_steps)
 
+    def rest(self) -> None:
+        """Give the cache's memory back until the next request, unless something is under way."""
+        with self._turns:
+            if not self._generator.unfinished:
+                self._generator.rest()
+
     def stream(self, requests: Sequence[GenerationRequest]) -> Iterator[Answered]:
         """Every request's answer as it is finished, those refused first. What nobody reads on is cancelled."""
         reader = _Reader()

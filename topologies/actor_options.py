@@ -102,7 +102,7 @@ def _available_kind(kind: Any) -> Any:
 
 
 class Committee(Generating):
-    """Actors that answer with every member's policy; each member held has a cache of its own."""
+    """Actors that answer with every member's policy; only members that are answering have a cache in memory."""
 
 
 class Annotator(Strict):

@@ -45,6 +45,7 @@ class Speculative(Strict):
     # YAML reads a bare `off` as false.
     kind: Annotated[Literal["off", "ngram", "draft"], BeforeValidator(lambda v: "off" if v is False else v)] = "off"
     tokens: Count = 4
+    max_ngram: Count = 3
     draft: Annotated[str, AfterValidator(os.path.abspath)] | None = None  # a policy folder with the same tokenizer
 
     @model_validator(mode="after")
@@ -61,14 +62,18 @@ class Speculative(Strict):
 
     def options(self) -> Speculation | None:
         """As the engine takes it."""
-        return None if self.kind == "off" else Speculation(kind=self.kind, tokens=self.tokens, draft=self.draft)
+        return (
+            None
+            if self.kind == "off"
+            else Speculation(kind=self.kind, tokens=self.tokens, max_ngram=self.max_ngram, draft=self.draft)
+        )
 
 
 class Engine(Strict):
     """One engine. What does not fit its cache waits, or is computed again: see `preemptions` among the metrics."""
 
     kv_cache: Bytes = 256 * 2**20  # keys and values of everything that is generating, and prefixes to use again
-    page_size: Count = 16  # positions of a page
+    page_size: Annotated[int, Field(ge=8, multiple_of=8)] = 16  # positions of a page
     prefill_chunk: Count = 512  # prompt tokens in one step
     max_context: Count | None = None  # prompt and response together; None: the model's positions
     on_update: OnUpdate = "finish"  # requests running when weights arrive: finish | restart | continue

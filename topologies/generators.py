@@ -64,7 +64,7 @@ class Generators:
         self._given = {}
 
     def answer(self, policy: str, requests: Sequence[GenerationRequest]) -> list[Group]:
-        """The answers of a policy given before, in order. Raises as `actors.dispatch.generate`, and WeightsOutOfSyncError."""
+        """The answers of a policy given before, in order. Raises as `generate` does, and WeightsOutOfSyncError."""
         given = self._given[policy]
         groups = generate_all(self._handles, requests, policy=policy, options=self._dispatch)
         for group in groups:

@@ -153,7 +153,7 @@ def _actors(topology: Topology, config: ModelConfig) -> tuple[ActorPlan, ...]:
         "learner": _learner_bytes(topology, config),
         "sampler": answering["sampler"],
         "reward": scoring,
-        "committee": answering["committee"] + (members - 1) * (weights + actors.committee.engine.kv_cache),
+        "committee": answering["committee"] + (members - 1) * weights,
         "annotator": 0,
         "quantizer": 3 * weights,
         "server": 2 * weights + costs.cache_bytes(config, responses=1, length=config.max_positions),

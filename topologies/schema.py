@@ -283,9 +283,11 @@ class Topology(Strict):
     def _check_engines(self) -> None:
         limit = self.model.config().max_positions
         for role in ("sampler", "committee"):
-            asked = getattr(self.actors, role).engine.max_context
-            if asked is not None and asked > limit:
-                raise problem(f"more than model.max_positions, {limit}", at=("actors", role, "engine", "max_context"))
+            engine, at = getattr(self.actors, role).engine, ("actors", role, "engine")
+            if engine.max_context is not None and engine.max_context > limit:
+                raise problem(f"more than model.max_positions, {limit}", at=(*at, "max_context"))
+            if self.deterministic and engine.speculative.kind != "off":
+                raise problem("not with deterministic: true: its steps have shapes of their own", at=(*at, "speculative"))
 
     def _check_phases(self, stage: Any, at: Loc) -> None:
         limit = self.model.config().max_positions

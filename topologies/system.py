@@ -29,8 +29,10 @@ from actors.streams import CONCURRENCY_GROUPS, InlineStreamingHandle, RayStreami
 from actors.weights import WeightStore
 from afm_rl.compute import Compute
 from afm_rl.errors import UserError
+from afm_rl.generation.options import EngineOptions
 from afm_rl.malloc import ACTOR_TUNABLES
 from afm_rl.sharding import MeshShape
+from topologies.actor_options import Generating
 from topologies.schema import Topology
 
 log = logging.getLogger(__name__)
@@ -94,7 +96,6 @@ class ActorDeclaration:
 def declare(topology: Topology) -> dict[str, list[ActorDeclaration]]:
     """Every actor of the topology by role, in the order they start."""
     actors, dtype = topology.actors, topology.compute.dtype
-    engine = {"compute_dtype": dtype, "deterministic": topology.deterministic}
     options: dict[str, tuple[type, int, Any, dict[str, Any]]] = {
         "weights": (WeightStore, 1, None, {}),
         "learner": (Learner, 1, actors.learner, {"setup": learner_setup(topology)}),
@@ -102,14 +103,14 @@ def declare(topology: Topology) -> dict[str, list[ActorDeclaration]]:
             Sampler,
             actors.sampler.replicas,
             actors.sampler,
-            {"engine": actors.sampler.engine.options(max_batch=actors.sampler.max_batch, **engine)},
+            {"engine": engine_options(topology, actors.sampler)},
         ),
         "reward": (Reward, actors.reward.replicas, actors.reward, {"compute_dtype": dtype}),
         "committee": (
             Committee,
             actors.committee.replicas,
             actors.committee,
-            {"engine": actors.committee.engine.options(max_batch=actors.committee.max_batch, **engine)},
+            {"engine": engine_options(topology, actors.committee)},
         ),
         "annotator": (
             Annotator,
@@ -133,6 +134,13 @@ def declare(topology: Topology) -> dict[str, list[ActorDeclaration]]:
         ]
         for role, (cls, count, section, kwargs) in options.items()
     }
+
+
+def engine_options(topology: Topology, role: Generating) -> EngineOptions:
+    """How the engines of a role are built."""
+    return role.engine.options(
+        max_batch=role.max_batch, compute_dtype=topology.compute.dtype, deterministic=topology.deterministic
+    )
 
 
 def learner_setup(topology: Topology) -> LearnerSetup:

@@ -1,16 +1,17 @@
 """What a stage works with: the topology, the run folder, the actors, the data, and the few verbs every stage shares.
 
 The verbs are `once` (do it unless the journal says it is done), `train` (a job on the learner, resumed from its newest
-checkpoint), `deploy` (weights to generators, acknowledged), `sample` (responses from a policy, by whichever sampler is free). Everything
-a verb computes is a function of the topology and its seed, so that a resumed run ends with the same numbers; with several
-samplers that takes `deterministic: true`.
+checkpoint), `deploy` (weights to generators, acknowledged), `sample` (responses of a policy, by the samplers). Everything a
+verb computes is a function of the topology and its seed, so that a resumed run ends with the same numbers: to the bit with
+`deterministic: true`; without it, which responses share a batch shows in the last digits.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -250,6 +251,15 @@ class Context:
         """Answers of one policy, by the samplers; order kept."""
         self.deploy(policy, self.samplers)
         return self.samplers.answer(policy.name, requests)
+
+    @contextmanager
+    def engines_logged(self, stage: str) -> Iterator[None]:
+        """Log what every engine does during a stage."""
+        roles = (self.samplers, self.committee)
+        before = [role.look() for role in roles]
+        yield
+        for role, since in zip(roles, before, strict=True):
+            role.log(self.metrics, since, task=stage, step=0)
 
     def texts(self, group: Group) -> list[str]:
         """The decoded responses of a group."""

@@ -4,7 +4,7 @@ The base is a palettized package or a policy in Hugging Face's layout; adapters 
 PEFT's layout, and one that appears or changes there is served from the next request on. Every resident adapter has a
 `Generator` of its own over the same base arrays, so that a running stream keeps its weights whatever is loaded or
 evicted meanwhile. One piece of work runs at a time, a whole request or one chunk of a stream: a slow reader holds
-nobody up. Continuous batching is not in this version.
+nobody up. Requests do not share batches in this version.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from actors.server_objects import TokenScores
 from afm_rl.compute import Compute
 from afm_rl.config import ModelConfig
 from afm_rl.generate import Generator
+from afm_rl.generation.options import EngineOptions
 from afm_rl.huggingface import load_params
 from afm_rl.lora import attach
 from afm_rl.model import forward, logits
@@ -34,6 +35,8 @@ from quant.adapter import WEIGHTS_FILE, read_adapter
 from quant.package import is_package, read_package
 
 BASE = "base"
+#: Of each resident policy.
+KV_CACHE_BYTES = 2**27
 #: Sequences are scored at a multiple of this length, so many rows of logits at a time.
 SCORE_BUCKET = 64
 #: How many alternatives the scoring programs rank: each is one compiled program.
@@ -142,7 +145,8 @@ class AdapterBackend:
     def _resident(self, name: str, params: Params, stamp: tuple[int, int]) -> _Resident:
         params = jax.tree.map(jnp.asarray, params)  # the base's arrays are there already, and are shared
         stop_ids = self.tokenizer.stop_ids
-        generator = Generator(self.config, stop_ids=stop_ids, max_batch=self._max_batch, compute_dtype=self._dtype)
+        options = EngineOptions(max_batch=self._max_batch, kv_cache_bytes=KV_CACHE_BYTES, compute_dtype=self._dtype)
+        generator = Generator(self.config, stop_ids=stop_ids, options=options)
         generator.load(params, policy=name, version=0)
         return _Resident(params, generator, stamp)
 

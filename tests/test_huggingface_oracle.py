@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from afm_rl.generate import Generator
+from afm_rl.generation.options import EngineOptions
 from afm_rl.huggingface import load_pretrained
 from afm_rl.huggingface_files import places
 from afm_rl.policy_losses import supervised
@@ -82,7 +83,7 @@ def test_embedding_gradient_and_norm(oracle, loss_and_grads):
 
 def test_greedy_tokens(oracle, model):
     """What they generate greedily, token by token, through our cache."""
-    generator = Generator(model.config, stop_ids=(1,), max_batch=2)
+    generator = Generator(model.config, stop_ids=(1,), options=EngineOptions(max_batch=2))
     generator.load(jax.tree.map(jnp.array, model.params), policy="p", version=0)
     prompts = [oracle["input_ids"][0], oracle["input_ids"][1, PADDING:]]
     new = oracle["greedy_ids"][:, oracle["input_ids"].shape[1] :]

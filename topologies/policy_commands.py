@@ -59,6 +59,7 @@ def generate_answers(
     import numpy as np
 
     from afm_rl.generate import Generator
+    from afm_rl.generation.options import EngineOptions
     from afm_rl.huggingface import load_params
     from afm_rl.tokenizer import Tokenizer
     from afm_rl.types import GenerationRequest, Message
@@ -72,7 +73,7 @@ def generate_answers(
     messages = [Message("system", system)] if system is not None else []
     tokens = tokenizer.encode_chat([*messages, Message("user", prompt)])
     stop_ids = tokenizer.stop_ids
-    generator = Generator(config, stop_ids=stop_ids, max_batch=max(1, responses))
+    generator = Generator(config, stop_ids=stop_ids, options=EngineOptions(max_batch=min(max(responses, 1), 256)))
     generator.load(params, policy=policy, version=0)
     request = GenerationRequest("prompt", np.asarray(tokens, np.int32), responses, max_tokens, temperature, seed)
     try:

@@ -37,12 +37,12 @@ REFILL = 0.25
 
 
 class RequestsRefusedError(UserError):
-    """Some requests can never run. `groups` are the answers to the others, by index of their request."""
+    """Some requests can never run; all others have been answered."""
 
-    def __init__(self, refused: Sequence[Refused], groups: dict[int, Group]) -> None:
+    def __init__(self, refused: Sequence[Refused], *, answered: int) -> None:
         shown = "; ".join(one.reason for one in refused[:3]) + ("; ..." if len(refused) > 3 else "")
-        super().__init__(f"{len(refused)} of {len(refused) + len(groups)} requests cannot run: {shown}")
-        self.refused, self.groups = tuple(refused), groups
+        super().__init__(f"{len(refused)} of {len(refused) + answered} requests cannot run: {shown}")
+        self.refused = tuple(refused)
 
 
 class SamplersLostError(RuntimeError):
@@ -85,22 +85,6 @@ class _Worker:
 Wait = Callable[[Sequence[Pending | Stream], float], list[Pending | Stream]]
 
 
-def generate_all(
-    samplers: Sequence[StreamingHandle],
-    requests: Sequence[GenerationRequest],
-    *,
-    policy: str,
-    options: DispatchOptions | None = None,
-) -> list[Group]:
-    """The answers in the order of the requests. Raises as `generate` does."""
-    answers = {one.index: one.result for one in Dispatch(samplers, requests, policy=policy, options=options).answers()}
-    refused = [one for one in answers.values() if isinstance(one, Refused)]
-    groups = {index: one for index, one in sorted(answers.items()) if isinstance(one, Group)}
-    if refused:
-        raise RequestsRefusedError(refused, groups)
-    return list(groups.values())
-
-
 def generate(
     samplers: Sequence[StreamingHandle],
     requests: Sequence[GenerationRequest],
@@ -112,18 +96,20 @@ def generate(
     """The answers of `policy` as they are finished.
 
     A request that can never run is yielded as `Refused` in its turn, or raised as RequestsRefusedError after all others.
-    Raises SamplersLostError when no sampler is left.
+    Raises SamplersLostError when no sampler is left, and whatever a sampler raises.
     """
-    groups, refused = dict[int, Group](), list[Refused]()
-    for one in Dispatch(samplers, requests, policy=policy, options=options).answers():
-        if isinstance(one.result, Group):
-            groups[one.index] = one.result
-        else:
-            refused.append(one.result)
-        if on_error == "yield" or isinstance(one.result, Group):
-            yield one.result
-    if refused and on_error == "raise":
-        raise RequestsRefusedError(refused, groups)
+    return Dispatch(samplers, requests, policy=policy, options=options).as_finished(on_error)
+
+
+def generate_all(
+    samplers: Sequence[StreamingHandle],
+    requests: Sequence[GenerationRequest],
+    *,
+    policy: str,
+    options: DispatchOptions | None = None,
+) -> list[Group]:
+    """The answers in the order of the requests. Raises as `generate` does."""
+    return Dispatch(samplers, requests, policy=policy, options=options).in_order()
 
 
 class Dispatch:
@@ -143,6 +129,29 @@ class Dispatch:
         self._workers = [_Worker(handle) for handle in samplers]
         self._queue = deque(range(len(requests)))
         self._wait, self._clock = wait, clock
+
+    def in_order(self) -> list[Group]:
+        """As `generate_all`."""
+        groups, refused = dict[int, Group](), list[Refused]()
+        for one in self.answers():
+            if isinstance(one.result, Group):
+                groups[one.index] = one.result
+            else:
+                refused.append(one.result)
+        if refused:
+            raise RequestsRefusedError(refused, answered=len(groups))
+        return [groups[index] for index in range(len(self._requests))]
+
+    def as_finished(self, on_error: Literal["raise", "yield"]) -> Iterator[Group | Refused]:
+        """As `generate`."""
+        refused = []
+        for one in self.answers():
+            if isinstance(one.result, Refused) and on_error == "raise":
+                refused.append(one.result)
+            else:
+                yield one.result
+        if refused:
+            raise RequestsRefusedError(refused, answered=len(self._requests) - len(refused))
 
     def answers(self) -> Iterator[Answered]:
         """Every request's answer, once, as it is finished; `index` is the request's."""

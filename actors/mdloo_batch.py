@@ -85,10 +85,10 @@ def prepare(groups: Sequence[ScoredGroup], settings: MdlooSettings, log_probs: L
 
 
 def logp_mismatch(groups: Sequence[Group], logp_BT: np.ndarray, mask_BT: np.ndarray) -> dict[str, float]:
-    """|log p(sampler) - log p(learner)| of the sampled tokens, the largest and the mean, and the largest of a response's sum.
+    """|log p(sampler) - log p(learner)| of the sampled tokens, the largest and the mean, and the largest of a response.
 
-    `logp_BT` and `mask_BT`: the learner's, and the targets, a row a response. Tokens that other weights than the group's made
-    (an update in flight) do not count; {} where none does.
+    `logp_BT` and `mask_BT`: the learner's, and the targets, a row a response. Tokens that other weights than the group's
+    made (an update in flight) do not count; {} where none does.
     """
     responses = [(group, j) for group in groups for j in range(len(group.responses))]
     differences = []

@@ -100,7 +100,7 @@ class Generator:
         self._arrivals = 0
         self._pending: _Update | None = None
         self._unclaimed: list[Group] = []
-        self._adapter_loads = 0
+        self._adapter_loads = self._updates = 0
         self._counts = dict.fromkeys(("prompt_tokens", "response_tokens", "steps", "row_steps", "occupied_row_steps"), 0)
 
     @property
@@ -250,7 +250,7 @@ class Generator:
         work = scheduler.schedule(
             budget=self._runner.plan.prefill[-1] if together else options.prefill_chunk,
             steps=1 if together else options.decode_steps,
-            policy=self.policy,
+            policy=f"{self.policy}#{self._updates}",  # other weights may come under the same policy and version
             version=self.version,
             together=together,
         )
@@ -295,6 +295,7 @@ class Generator:
         bank = self._runner.weights.bank if self._runner.weights else self._bank.device() if self._bank else None
         self._runner.weights = EngineWeights(update.base, bank)
         self.policy, self.version = update.policy, update.version
+        self._updates += 1
 
     def _renew_bank(self) -> None:
         if self._runner.weights is not None and self._bank is not None:

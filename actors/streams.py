@@ -144,7 +144,7 @@ class RayStreamingHandle(RayHandle):
 
     def stats(self) -> ActorStats:
         """What the actor did since it was last started."""
-        stats = self._aside("stats").options(max_task_retries=-1, concurrency_group=ASIDE_GROUP)
+        stats = self._aside("stats", max_task_retries=-1)
         return RayPending(f"{self.name}.stats", stats.remote()).result(REVIVAL_DEADLINE_S)
 
     def end(self) -> None:
@@ -154,11 +154,10 @@ class RayStreamingHandle(RayHandle):
 
     def revive(self) -> Pending:
         # Retried for as long as the actor is on its way back; an error once Ray has given it up.
-        ping = self._actor.ping.options(max_task_retries=-1, concurrency_group=ASIDE_GROUP)
-        return RayPending(f"the return of {self.name}", ping.remote())
+        return RayPending(f"the return of {self.name}", self._aside("ping", max_task_retries=-1).remote())
 
-    def _aside(self, method: str) -> Any:
-        return getattr(self._actor, method).options(concurrency_group=ASIDE_GROUP)
+    def _aside(self, method: str, **options: Any) -> Any:
+        return getattr(self._actor, method).options(concurrency_group=ASIDE_GROUP, **options)
 
 
 class RayStream:

@@ -8,7 +8,8 @@ bytes of a policy in training; a folder's policy is read again when somebody ask
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,21 +128,33 @@ def deliver(
     """
     call(store, "assign", [r.name for r in receivers], policy, spec, beside, deadline_s=deadline_s)
     weights = store.submit("fetch", policy)
-    pending = [r.submit("load", weights, spec) for r in receivers]
-    acknowledged = [_acknowledged(r, p, policy, deadline_s) for r, p in zip(receivers, pending, strict=True)]
-    late = [r.name for r, found in zip(receivers, acknowledged, strict=True) if found != digest]
+    loading = []
+    for receiver in receivers:
+        with _refusal_named(receiver):
+            loading.append(receiver.submit("load", weights, spec))
+    late = []
+    for receiver, pending in zip(receivers, loading, strict=True):
+        with _refusal_named(receiver):
+            if _acknowledged(receiver, pending, policy, deadline_s) != digest:
+                late.append(receiver.name)
     if late:
         raise WeightsOutOfSyncError(f"policy {policy!r}: {', '.join(late)} did not acknowledge digest {digest[:12]}")
 
 
-def _acknowledged(receiver: StreamingHandle, loading: Pending, policy: str, deadline_s: float) -> str:
+def _acknowledged(receiver: StreamingHandle, loading: Pending, policy: str, deadline_s: float) -> str | None:
     """The digest that a receiver has verified; one that died over it has taken the weights from the store on its return."""
     try:
-        try:
-            return str(gather([loading], deadline_s=deadline_s)[0])
-        except ActorLostError:
-            gather([receiver.revive()], deadline_s=deadline_s)
-            return str(call(receiver, "digest", policy, deadline_s=deadline_s))
+        found: str | None = gather([loading], deadline_s=deadline_s)[0]
+    except ActorLostError:
+        gather([receiver.revive()], deadline_s=deadline_s)
+        found = call(receiver, "digest", policy, deadline_s=deadline_s)
+    return found
+
+
+@contextmanager
+def _refusal_named(receiver: StreamingHandle) -> Iterator[None]:
+    try:
+        yield
     except ValueError as error:
         cause = getattr(error, "cause", error)  # Ray wraps what an actor raised
         raise WeightsRefusedError(f"{receiver.name} goes on without the new weights: {cause}") from error

@@ -69,6 +69,11 @@ class Speculative(Strict):
         )
 
 
+def _kind_alone(value: Any) -> Any:
+    """`speculative: ngram` for `speculative: {kind: ngram}`."""
+    return {"kind": value} if isinstance(value, str | bool) else value
+
+
 class Engine(Strict):
     """One engine. What does not fit its cache waits, or is computed again: see `preemptions` among the metrics."""
 
@@ -77,7 +82,7 @@ class Engine(Strict):
     prefill_chunk: Count = 512  # prompt tokens in one step
     max_context: Count | None = None  # prompt and response together; None: the model's positions
     on_update: OnUpdate = "finish"  # requests running when weights arrive: finish | restart | continue
-    speculative: Speculative = Speculative()
+    speculative: Annotated[Speculative, BeforeValidator(_kind_alone)] = Speculative()
 
     def options(self, *, max_batch: int, compute_dtype: str, deterministic: bool) -> EngineOptions:
         """As the engine takes it."""

@@ -28,7 +28,7 @@ from afm_rl.generation.programs import Decoded
 from afm_rl.generation.results import group_of, take_tokens
 from afm_rl.generation.runner import Runner
 from afm_rl.generation.scheduler import Scheduler, tokens_to_fill
-from afm_rl.generation.sequences import Job, Response
+from afm_rl.generation.sequences import Job, PromptScores, Response
 from afm_rl.types import GenerationRequest, Group
 
 #: Rows that end before the batch is looked at again, as a share of it: each look costs about a millisecond.
@@ -100,7 +100,7 @@ class Generator:
         self._arrivals = 0
         self._pending: _Update | None = None
         self._unclaimed: list[Group] = []
-        self._adapter_loads = self._updates = 0
+        self._loads, self._adapter_loads = 0, 0
         self._counts = dict.fromkeys(("prompt_tokens", "response_tokens", "steps", "row_steps", "occupied_row_steps"), 0)
 
     @property
@@ -233,6 +233,8 @@ class Generator:
                 self._bank.names.index(request.adapter),
                 f"{request.adapter}/{self._adapter_loads}",
             )
+        if (wanted := request.options.prompt_logprobs) is not None:
+            job.prompt_scores = PromptScores.unknown(len(request.prompt_T), wanted)
         job.responses = [Response(job, j) for j in range(request.num_responses)]
         self._arrivals += 1
         self._jobs[job.arrival] = job
@@ -250,7 +252,7 @@ class Generator:
         work = scheduler.schedule(
             budget=self._runner.plan.prefill[-1] if together else options.prefill_chunk,
             steps=1 if together else options.decode_steps,
-            policy=f"{self.policy}#{self._updates}",  # other weights may come under the same policy and version
+            weights=f"{self.policy}/{self.version}/{self._loads}",
             version=self.version,
             together=together,
         )
@@ -295,7 +297,7 @@ class Generator:
         bank = self._runner.weights.bank if self._runner.weights else self._bank.device() if self._bank else None
         self._runner.weights = EngineWeights(update.base, bank)
         self.policy, self.version = update.policy, update.version
-        self._updates += 1
+        self._loads += 1
 
     def _renew_bank(self) -> None:
         if self._runner.weights is not None and self._bank is not None:

@@ -7,11 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from afm_rl.generation.sampling import check_options
+from afm_rl.generation.sampling_rows import MAX_STOP_IDS, check_options
 from afm_rl.types import GenerationRequest
-
-#: Tokens that may end a response, the policy's own and the request's.
-MAX_STOP_IDS = 32
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ def check_request(
             raise ValueError("stop strings need a tokenizer, which this engine was not given; use stop_ids")
         if len(stop_ids) > MAX_STOP_IDS:
             raise ValueError(f"{len(stop_ids)} tokens end a response; at most {MAX_STOP_IDS} may")
-        check_options(request.options, vocab_size=limits.vocab_size)
+        check_options(request.options, vocab_size=limits.vocab_size, temperature=request.temperature)
     except ValueError as error:
         raise ValueError(f"request {request.id!r}: {error}") from error
 

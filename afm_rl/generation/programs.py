@@ -21,7 +21,8 @@ from afm_rl.generation.engine_weights import EngineWeights, with_adapters
 from afm_rl.generation.options import EngineOptions
 from afm_rl.generation.paged_attention import Implementation, paged_attention
 from afm_rl.generation.paged_cache import Array, FlatTokens, PagedCache
-from afm_rl.generation.sampling import MAX_TOP, FullRows, draw_full, draw_plain, uniforms
+from afm_rl.generation.sampling import draw_full, draw_plain, scores, uniforms
+from afm_rl.generation.sampling_rows import MAX_TOP, FullRows
 from afm_rl.model import block, embedding_table, logits, rms_norm, rotation
 
 #: Pages copied by one call.
@@ -192,12 +193,13 @@ def draw(
 
 
 @partial(jax.jit, static_argnames=("static",))
-def prompt_scores(logits_NV: jax.Array, next_N: jax.Array, *, static: Static) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Log-probability of the token after each position, at temperature 1, and the best alternatives: [N], [N, n], [N, n]."""
+def prompt_scores(
+    logits_NV: jax.Array, next_N: jax.Array, top: jax.Array, *, static: Static
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probability of the token after each position, at temperature 1, and the `top` best: [N], [N, n], [N, n]."""
     _TRACED[static, "prompt_scores"] += 1
-    logp_NV = jax.nn.log_softmax(logits_NV, axis=-1)
-    best_NK, ids_NK = jax.lax.top_k(logp_NV, min(MAX_TOP, logits_NV.shape[-1]))
-    return jnp.take_along_axis(logp_NV, next_N[:, None], axis=-1)[:, 0], ids_NK, best_NK
+    N = logits_NV.shape[0]
+    return scores(logits_NV, jnp.ones(N), next_N, top_R=jnp.full(N, top))
 
 
 @partial(jax.jit, static_argnames=("static",), donate_argnames=("cache",))

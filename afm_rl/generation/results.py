@@ -47,7 +47,7 @@ def group_of(job: Job, *, policy: str) -> Group:
     """The answer to a request whose responses are all done."""
     request, responses, scores = job.request, job.responses, job.prompt_scores
     mixed = any(version != job.version for response in responses for version in response.versions)
-    top, prompt_top = request.options.logprobs, request.options.prompt_logprobs
+    top = request.options.logprobs
     return Group(
         request.id,
         np.asarray(request.prompt_T, np.int32),
@@ -57,11 +57,9 @@ def group_of(job: Job, *, policy: str) -> Group:
         policy,
         job.version,
         versions=tuple(np.array(r.versions, np.int32) for r in responses) if mixed else (),
-        top=tuple(_top(np.stack(r.top_ids), np.stack(r.top_logps), top) for r in responses) if top else (),
+        top=tuple(TopLogprobs(np.stack(r.top_ids)[:, :top], np.stack(r.top_logps)[:, :top]) for r in responses)
+        if top
+        else (),
         prompt_logp_T=scores.logp_T if scores else None,
-        prompt_top=_top(scores.top_ids_TN, scores.top_logps_TN, prompt_top) if scores and prompt_top else None,
+        prompt_top=TopLogprobs(scores.top_ids_TN, scores.top_logps_TN) if scores else None,
     )
-
-
-def _top(ids_TN: np.ndarray, logps_TN: np.ndarray, count: int) -> TopLogprobs:
-    return TopLogprobs(ids_TN[:, :count], logps_TN[:, :count])

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from afm_rl.config import ModelConfig
-from afm_rl.generation.admission import MAX_STOP_IDS
 from afm_rl.generation.engine_weights import EngineWeights
 from afm_rl.generation.options import EngineOptions
 from afm_rl.generation.paged_cache import FlatTokens, PagedCache, empty_cache, page_bytes
@@ -36,9 +35,9 @@ from afm_rl.generation.programs import (
     score,
     shape_plan,
 )
-from afm_rl.generation.sampling import FullRows, full_rows
+from afm_rl.generation.sampling_rows import MAX_STOP_IDS, FullRows, full_rows
 from afm_rl.generation.scheduler import Piece
-from afm_rl.generation.sequences import PromptScores, Response, Stem
+from afm_rl.generation.sequences import Response
 
 #: Stems filled by one call.
 MAX_PIECES = 64
@@ -174,13 +173,17 @@ class Runner:
         for piece in pieces:
             next_N[n : n + piece.stop - piece.start] = piece.stem.tokens_T[piece.start + 1 : piece.stop + 1]
             n += piece.stop - piece.start
-        logp_N, ids_NK, best_NK = (np.asarray(x) for x in prompt_scores(logits_NV, next_N, static=self.static))
+        top = np.int32(max(p.stem.job.request.options.prompt_logprobs or 0 for p in pieces))
+        logp_N, ids_NK, best_NK = (np.asarray(x) for x in prompt_scores(logits_NV, next_N, top, static=self.static))
         n = first
         for piece in pieces:
             end = n + piece.stop - piece.start
             if piece.stem.scored:
-                kept, at = _scores_of(piece.stem, ids_NK.shape[1]), slice(piece.start + 1, piece.stop + 1)
-                kept.logp_T[at], kept.top_ids_TN[at], kept.top_logps_TN[at] = logp_N[n:end], ids_NK[n:end], best_NK[n:end]
+                kept, at = piece.stem.job.prompt_scores, slice(piece.start + 1, piece.stop + 1)
+                assert kept is not None
+                wanted = kept.top_ids_TN.shape[1]
+                kept.logp_T[at] = logp_N[n:end]
+                kept.top_ids_TN[at], kept.top_logps_TN[at] = ids_NK[n:end, :wanted], best_NK[n:end, :wanted]
             n = end
 
     def _full(self, rows: Sequence[Response], size: int) -> tuple[FullRows | None, np.ndarray | None]:
@@ -210,13 +213,3 @@ def row_inputs(rows: Sequence[Response], *, size: int, blocks: int) -> RowInputs
         stop_RE[r, : len(row.job.stop_ids)] = row.job.stop_ids
     token_R, position_R, adapter_R, response_R, index_R, left_R = ints
     return RowInputs(token_R, position_R, blocks_RB, adapter_R, seed_R, response_R, index_R, left_R, temperature_R, stop_RE)
-
-
-def _scores_of(stem: Stem, top: int) -> PromptScores:
-    """The job's scores, made at its first piece."""
-    job, T = stem.job, len(stem.tokens_T)
-    if job.prompt_scores is None:
-        job.prompt_scores = PromptScores(
-            np.full(T, np.nan, np.float32), np.zeros((T, top), np.int32), np.full((T, top), np.nan, np.float32)
-        )
-    return job.prompt_scores

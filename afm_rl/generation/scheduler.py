@@ -60,13 +60,13 @@ class Scheduler:
         """A new request, behind all others."""
         self.stems.append(Stem(job, np.asarray(job.request.prompt_T, np.int32), deque(job.responses)))
 
-    def schedule(self, *, budget: int, steps: int, policy: str, version: int, together: bool = False) -> Work:
+    def schedule(self, *, budget: int, steps: int, weights: str, version: int, together: bool = False) -> Work:
         """The next step: at most `budget` positions to fill, and up to `steps` tokens for every row.
 
-        `policy` and `version` say which weights will compute it. `together`: the rows are part of the budget.
+        `weights` names the weights that will compute it, `version` is theirs. `together`: the rows are part of the budget.
         """
         work = Work()
-        self._start_stems(policy, version)
+        self._start_stems(weights, version)
         self._fork(work)
         work.rows, work.steps = self._grow(steps)
         self._fill(work, budget - len(work.rows) if together else budget)
@@ -114,7 +114,7 @@ class Scheduler:
             members = deque(r for r in unfinished if r.job is job)
             self.stems.append(Stem(job, np.asarray(job.request.prompt_T, np.int32), members))
 
-    def _start_stems(self, policy: str, version: int) -> None:
+    def _start_stems(self, weights: str, version: int) -> None:
         """Give pages to as many stems as could decode soon, in order."""
         expected = len(self.rows)
         for stem in self.stems:
@@ -122,15 +122,15 @@ class Scheduler:
                 return
             if self.draining and not stem.job.begun:
                 return
-            if not stem.started and not self._start(stem, f"{policy}/{version}", version):
+            if not stem.started and not self._start(stem, weights, version):
                 return
             expected += len(stem.waiting)
 
-    def _start(self, stem: Stem, root: str, version: int) -> bool:
+    def _start(self, stem: Stem, weights: str, version: int) -> bool:
         size = self.pool.page_size
         known: list[int] = []
         if self.prefix_cache:
-            stem.keys = prefix_keys(stem.tokens_T[: stem.target], size, root=f"{root}/{stem.job.adapter_key}")
+            stem.keys = prefix_keys(stem.tokens_T[: stem.target], size, root=f"{weights}/{stem.job.adapter_key}")
             known = [] if stem.scored else self.pool.known(stem.keys)
         needed = -(-stem.target // size) - len(known)
         # A page is left to each row, so that what starts now does not push out what runs.

@@ -61,11 +61,17 @@ class Response:
 
 
 class PromptScores(NamedTuple):
-    """Log-probabilities of a prompt's tokens (the first NaN) and the best alternatives at each position."""
+    """Log-probabilities of a prompt's tokens (the first NaN) and the n best alternatives at each position."""
 
     logp_T: np.ndarray
     top_ids_TN: np.ndarray
     top_logps_TN: np.ndarray
+
+    @classmethod
+    def unknown(cls, length: int, top: int) -> PromptScores:
+        """What nothing is known of yet."""
+        logps_TN = np.full((length, top), np.nan, np.float32)
+        return cls(np.full(length, np.nan, np.float32), np.zeros((length, top), np.int32), logps_TN)
 
 
 @dataclass(eq=False)

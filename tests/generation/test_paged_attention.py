@@ -96,3 +96,24 @@ def test_it_is_attention_over_the_past(implementation: str, heads: tuple[int, in
     case = make_case(spans, heads=heads, head_dim=head_dim, page=page)
     mixed, _ = run(case, implementation)
     np.testing.assert_allclose(mixed, reference(case), atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_donated_cache_is_updated_in_place(implementation: str) -> None:
+    """Two layers in turn on one pool: no program holds a second one."""
+    case = make_case([(8, 9), (4, 8)])
+    cache = PagedCache(*(jnp.zeros((2, 400, *x.shape[2:])) for x in (case.k_pool, case.v_pool)))
+    q, k, v = (jnp.asarray(x) for x in (case.q, case.k, case.v))
+
+    def layers(q: jax.Array, cache: PagedCache, tokens: FlatTokens) -> tuple[jax.Array, PagedCache]:
+        for layer in range(2):
+            q, cache = paged_attention(q, q[:, :2] + k, q[:, 2:] + v, cache, layer, tokens, implementation=implementation)
+        return q, cache
+
+    program = jax.jit(layers, donate_argnums=1).lower(q, cache, case.tokens()).compile()
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes >= cache.k.nbytes + cache.v.nbytes
+    assert memory.temp_size_in_bytes < cache.k.nbytes
+    before = cache.k.unsafe_buffer_pointer()
+    _, cache = program(q, cache, case.tokens())
+    assert cache.k.unsafe_buffer_pointer() == before

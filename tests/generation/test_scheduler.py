@@ -37,7 +37,9 @@ class Machine:
         return job
 
     def step(self, *, steps: int = 3, version: int = 0, together: bool = False) -> Work:
-        work = self.scheduler.schedule(budget=self.budget, steps=steps, policy="p", version=version, together=together)
+        work = self.scheduler.schedule(
+            budget=self.budget, steps=steps, weights=f"p/{version}", version=version, together=together
+        )
         assert sum(p.stop - p.start for p in work.pieces) + (len(work.rows) if together else 0) <= self.budget
         assert len(work.rows) <= self.scheduler.max_rows
         for source, target in work.copies:

@@ -2,16 +2,19 @@
 
 Roles are plain classes. A `Host` owns one instance and keeps what the report shows of it (busy seconds, calls, peak
 memory). `Handle.submit(method, ...)` starts a call, `gather` waits for several with a deadline that names what it waited
-for: no call of the system waits for ever.
+for: no call of the system waits for ever. Handles whose calls answer item by item are in `actors/streams.py`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import resource
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from afm_rl.errors import UserError
@@ -20,10 +23,16 @@ from afm_rl.errors import UserError
 DEFAULT_DEADLINE_S = 600.0
 #: A call of this many seconds or more has probably compiled a program, which leaves hundreds of megabytes freed but mapped.
 TRIM_AFTER_S = 3.0
+#: What follows the last item of a stream.
+END = object()
 
 
 class DeadlineError(TimeoutError):
     """A wait for actors passed its deadline."""
+
+
+class ActorLostError(RuntimeError):
+    """The process behind a call is gone, and with it what it was working on."""
 
 
 @dataclass(frozen=True)
@@ -38,32 +47,78 @@ class ActorStats:
 
 
 class Host:
-    """Owns one plain actor object and times its calls. Under Ray this class is what becomes the actor."""
+    """Owns one plain actor object and times its calls. Under Ray this class is what becomes the actor.
+
+    Its methods may be called from several threads at a time, if those of the role may.
+    """
 
     def __init__(self, name: str, role: type, kwargs: dict[str, Any]) -> None:
         self._name, self._role = name, role
         self._actor = role(**kwargs)
+        self._lock = threading.Lock()
         self._busy_s, self._calls = 0.0, 0
+        self._working, self._since_s = 0, 0.0
+        self._ended_streams: set[int] = set()
 
     def run(self, method: str, kwargs: dict[str, Any], *args: Any) -> Any:
         """Run one method of the actor. Positional, because Ray resolves only top-level references among arguments."""
         start = time.perf_counter()
         try:
-            return getattr(self._actor, method)(*args, **kwargs)
+            with self._work():
+                return getattr(self._actor, method)(*args, **kwargs)
         finally:
-            took_s = time.perf_counter() - start
-            self._busy_s += took_s
-            self._calls += 1
-            if took_s >= TRIM_AFTER_S:
-                return_freed_memory()
+            self._called(time.perf_counter() - start)
+
+    def stream(self, number: int, method: str, kwargs: dict[str, Any], *args: Any) -> Iterator[Any]:
+        """The items of a method that is a generator, until its end or `end_stream` of this number."""
+        items, took_s = None, 0.0
+        try:
+            while number not in self._ended_streams:
+                start = time.perf_counter()
+                with self._work():
+                    items = items if items is not None else getattr(self._actor, method)(*args, **kwargs)
+                    item = next(items, END)
+                took_s += time.perf_counter() - start
+                if item is END:
+                    return
+                yield item
+        finally:
+            if items is not None:
+                items.close()
+            self._ended_streams.discard(number)
+            self._called(took_s)
+
+    def end_stream(self, number: int) -> None:
+        """Nobody reads this stream any more: it ends with the item that it is working on."""
+        self._ended_streams.add(number)
 
     def ping(self) -> None:
         """Answers once the actor has been placed and constructed."""
 
     def stats(self) -> ActorStats:
-        """Busy time, calls, and the process's peak resident memory."""
+        """Busy time (however many calls were under way), calls, and the process's peak resident memory."""
         peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         return ActorStats(self._name, self._role.__name__, round(self._busy_s, 2), self._calls, round(peak_mib, 1))
+
+    @contextmanager
+    def _work(self) -> Iterator[None]:
+        with self._lock:
+            if self._working == 0:
+                self._since_s = time.perf_counter()
+            self._working += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._working -= 1
+                if self._working == 0:
+                    self._busy_s += time.perf_counter() - self._since_s
+
+    def _called(self, took_s: float) -> None:
+        with self._lock:
+            self._calls += 1
+        if took_s >= TRIM_AFTER_S:
+            return_freed_memory()
 
 
 def return_freed_memory() -> None:
@@ -104,11 +159,11 @@ class InlineHandle:
 
     def __init__(self, name: str, role: type, kwargs: dict[str, Any]) -> None:
         self.name = name
-        self._host = Host(name, role, kwargs)
+        self._construct = partial(Host, name, role, kwargs)
+        self._host = self._construct()
 
     def submit(self, method: str, *args: Any, **kwargs: Any) -> Pending:
-        args = tuple(a.result(DEFAULT_DEADLINE_S) if isinstance(a, _Done) else a for a in args)
-        return _Done(f"{self.name}.{method}", self._host.run(method, kwargs, *args))
+        return _Done(f"{self.name}.{method}", self._host.run(method, kwargs, *call_arguments(args)))
 
     def ping(self) -> Pending:
         self._host.ping()
@@ -135,11 +190,9 @@ class RayHandle:
         self._actor = actor
 
     def submit(self, method: str, *args: Any, **kwargs: Any) -> Pending:
-        # A reference only travels without passing through this process when it is a top-level argument.
-        refs = [a.ref if isinstance(a, RayPending) else a for a in args]
         call = self._actor.run.options(name=f"{self.name}.{method}")
         after = tuple(a for a in args if isinstance(a, RayPending))
-        return RayPending(f"{self.name}.{method}", call.remote(method, kwargs, *refs), after)
+        return RayPending(f"{self.name}.{method}", call.remote(method, kwargs, *call_arguments(args)), after)
 
     def ping(self) -> Pending:
         return RayPending(f"the placement of {self.name}", self._actor.ping.remote())
@@ -165,7 +218,15 @@ class RayPending:
     def result(self, timeout_s: float) -> Any:
         end_s = time.monotonic() + timeout_s
         self.settle(timeout_s)
-        return ray_value(self.ref, max(0.0, end_s - time.monotonic()))
+        return actor_value(self.what, self.ref, max(0.0, end_s - time.monotonic()))
+
+
+def call_arguments(args: Sequence[Any]) -> tuple[Any, ...]:
+    """Arguments as they travel: of a pending call its value where that is here, else its reference.
+
+    A reference only travels without passing through this process when it is a top-level argument.
+    """
+    return tuple(a.value if isinstance(a, _Done) else a.ref if isinstance(a, RayPending) else a for a in args)
 
 
 def ray_value(ref: Any, timeout_s: float) -> Any:
@@ -181,6 +242,24 @@ def ray_value(ref: Any, timeout_s: float) -> Any:
         if isinstance(error.cause, UserError):
             raise error.cause from error
         raise
+
+
+def actor_value(what: str, ref: Any, timeout_s: float) -> Any:
+    """As `ray_value`, with ActorLostError naming the call where its process is gone."""
+    from ray import exceptions
+
+    try:
+        return ray_value(ref, timeout_s)
+    except exceptions.RayTaskError:  # its own, or of another actor that it called
+        raise
+    except (
+        exceptions.RayActorError,
+        exceptions.WorkerCrashedError,
+        exceptions.NodeDiedError,
+        exceptions.OutOfMemoryError,
+        exceptions.ObjectLostError,
+    ) as error:
+        raise ActorLostError(f"{what}: {' '.join(str(error).split())[:300]}") from error
 
 
 def gather(pending: Sequence[Pending], *, deadline_s: float = DEFAULT_DEADLINE_S) -> list[Any]:

@@ -18,7 +18,7 @@ from actors.jobs import MdlooSettings
 from afm_rl.objectives.mdloo import leave_one_out, sequence_metrics, shaped_reward, usable_responses
 from afm_rl.packing import Batch, Example, length_buckets, pad
 from afm_rl.training import OF_UPDATE, to_floats
-from afm_rl.types import ScoredGroup
+from afm_rl.types import Group, ScoredGroup
 
 Parts = Sequence[tuple[np.ndarray, int]]
 #: (batch, its microbatches, "current" or "reference", temperature) -> log p of every target [B, T].
@@ -58,6 +58,7 @@ def prepare(groups: Sequence[ScoredGroup], settings: MdlooSettings, log_probs: L
     behavior_logp_BT, ref_logp_BT = (
         log_probs(batch, parts, which, settings.temperature) for which in ("current", "reference")
     )
+    mismatch = logp_mismatch([g.group for g in groups], behavior_logp_BT, batch["mask_BT"])
     shape = reward_PG.shape
     behavior_PG, ref_PG = behavior_logp_BT.sum(-1).reshape(shape), ref_logp_BT.sum(-1).reshape(shape)
     total_PG = shaped_reward(reward_PG, behavior_PG, ref_PG, beta=settings.beta)
@@ -72,16 +73,36 @@ def prepare(groups: Sequence[ScoredGroup], settings: MdlooSettings, log_probs: L
         "advantage_B": advantage_PG.reshape(-1).astype(np.float32),
         "num_sequences": np.asarray(counted_B.sum(), np.float32),
     }
-    sampler_logp_B = np.array([logp.sum() for g in groups for logp in g.group.logps])
     known = {
         "reward": float(reward_PG[valid_PG].mean()),
         "kl_to_reference": float((behavior_PG - ref_PG)[usable_PG].mean()),
         "advantage_std": float(advantage_PG[usable_PG].std()),
-        "logp_mismatch": float(np.abs(sampler_logp_B - behavior_logp_BT.sum(-1)).max()),
+        **mismatch,
         "response_tokens": float(np.mean([len(r) for g in groups for r in g.group.responses])),
         "groups_dropped": float((~usable_PG.any(-1)).sum()),
     }
     return MdlooBatch(batch, parts, known)
+
+
+def logp_mismatch(groups: Sequence[Group], logp_BT: np.ndarray, mask_BT: np.ndarray) -> dict[str, float]:
+    """|log p(sampler) - log p(learner)| of the sampled tokens, the largest and the mean, and the largest of a response.
+
+    `logp_BT` and `mask_BT`: the learner's, and the targets, a row a response. Tokens that other weights than the group's
+    made (an update in flight) do not count; {} where none does.
+    """
+    responses = [(group, j) for group in groups for j in range(len(group.responses))]
+    differences = []
+    for (group, j), logp_T, mask_T in zip(responses, logp_BT, mask_BT, strict=True):
+        counted_T = group.versions[j] == group.version if group.versions else slice(None)
+        differences.append((group.logps[j].astype(np.float64) - logp_T[mask_T > 0])[counted_T])
+    tokens = np.abs(np.concatenate(differences))
+    if not tokens.size:
+        return {}
+    return {
+        "logp_mismatch_max": float(tokens.max()),
+        "logp_mismatch_mean": float(tokens.mean()),
+        "logp_mismatch_response_max": float(max(abs(of_response.sum()) for of_response in differences)),
+    }
 
 
 def responses_batch(groups: Sequence[ScoredGroup], *, pad_id: int = 0) -> tuple[Batch, np.ndarray, np.ndarray]:

@@ -23,6 +23,8 @@ Scalar = int | float
 RESERVED = ("stage", "task", "step", "time")
 #: The stage of rows that say where a job's time went (`afm_rl/goodput.py`).
 GOODPUT_STAGE = "goodput"
+#: The stage of rows that say what the engines of samplers did (`actors/engine_use.py`).
+ENGINE_STAGE = "engine"
 
 _log = logging.getLogger(__name__)
 _STAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")

@@ -1,82 +1,134 @@
 """Samplers and the committee: actors that generate responses from the weights they last acknowledged.
 
-Consumes `GenerationRequest`s and `Weights`; produces `Group`s stamped with policy and version. Neither generates before it
-has loaded weights, and `load` answers with the digest of the bytes it received. A sampler follows one policy; the
-committee (4.3.2) holds every member and answers for each.
+Consumes `GenerationRequest`s and `Weights`; produces `Group`s stamped with policy and version, each as it is finished.
+Neither generates before it has loaded weights, and `load` answers with the digest of the bytes it verified. A sampler
+follows one policy; the committee (4.3.2) holds every member and answers for each. One that is started anew takes what it was
+last given from the weight store itself, before it answers anybody.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from actors.engine_use import EngineUse, LiveGauges
+from actors.host import Handle, call
+from actors.metrics import MetricsSink
+from actors.shared_engine import SharedEngine
 from afm_rl.config import ModelConfig
 from afm_rl.generate import Generator
-from afm_rl.types import GenerationRequest, Group, Weights
-from afm_rl.weights import digest_of, unflatten
+from afm_rl.generation.options import EngineOptions
+from afm_rl.tokenizer import Tokenizer
+from afm_rl.types import Answered, GenerationRequest, Weights
+from afm_rl.weights import unflatten
 
 
 @dataclass(frozen=True)
 class PolicySpec:
-    """What a generator must know beside the weights: the model's shape and the tokens that end a response."""
+    """What a generator must know beside the weights: the model's shape and the tokens that end a response.
+
+    `tokenizer_folder` is for requests with stop strings; without it they are refused.
+    """
 
     config: ModelConfig
     stop_ids: tuple[int, ...]
+    tokenizer_folder: str | None = None
 
 
 @dataclass
 class _Holding:
     spec: PolicySpec
-    generator: Generator
+    engine: SharedEngine
+    digest: str
 
 
 class Committee:
-    """Serves several policies side by side."""
+    """Serves several policies side by side, each from an engine of its own.
 
-    def __init__(self, *, max_batch: int, compute_dtype: str = "float32") -> None:
-        self._max_batch, self._dtype = max_batch, compute_dtype
+    `store` None: nobody to ask for weights after a restart. `sinks` take the live gauges.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: EngineOptions,
+        name: str = "committee",
+        store: Handle | None = None,
+        sinks: Sequence[MetricsSink] = (),
+    ) -> None:
+        self._options = engine
         self._members: dict[str, _Holding] = {}
+        self._retired = EngineUse()
+        self._gauges = LiveGauges(name, sinks)
+        for weights, spec in call(store, "assigned", name) if store is not None else ():
+            self.load(weights, spec)
 
     def load(self, weights: Weights, spec: PolicySpec) -> str:
-        """Verify and hold these weights under their policy's name; returns the digest of the bytes received."""
-        params = unflatten(weights)
-        held = self._members.get(weights.policy)
-        if held is None or held.spec != spec:
-            generator = Generator(spec.config, stop_ids=spec.stop_ids, max_batch=self._max_batch, compute_dtype=self._dtype)
-            held = self._members[weights.policy] = _Holding(spec, generator)
-        held.generator.load(params, policy=weights.policy, version=weights.version)
-        return digest_of(weights.buffers, weights.layout)
+        """Verify and hold these weights under their policy's name, between two steps of what is generating.
+
+        Returns the digest of the bytes received. Raises DigestMismatchError or ValueError (values that are not finite); the
+        weights held before go on serving.
+        """
+        params = unflatten(weights)  # views into the message: the engine's own copy is the only one
+        held = self._predecessor(weights.policy)
+        same = held is not None and held[1].spec == spec
+        engine = held[1].engine if held is not None and same else self._new_engine(spec)
+        engine.load(params, policy=weights.policy, version=weights.version)
+        if held is not None and not same:
+            self._retired += held[1].engine.use().retired()
+        # Replaced as a whole: other threads look a policy up meanwhile.
+        others = {name: member for name, member in self._members.items() if held is None or name != held[0]}
+        self._members = {**others, weights.policy: _Holding(spec, engine, weights.digest)}
+        return weights.digest
 
     def members(self) -> list[str]:
         """Names of the policies held."""
         return sorted(self._members)
 
+    def digest(self, policy: str) -> str | None:
+        """The digest of the weights held of a policy; None where none are."""
+        held = self._members.get(policy)
+        return held.digest if held is not None else None
+
     def keep_only(self, members: Sequence[str]) -> None:
         """Free every other member's weights."""
-        for name in set(self._members) - set(members):
-            del self._members[name]
+        freed = [held for name, held in self._members.items() if name not in members]
+        self._retired = sum((held.engine.use().retired() for held in freed), self._retired)
+        self._members = {name: held for name, held in self._members.items() if name in members}
 
-    def sample(self, member: str, requests: Sequence[GenerationRequest]) -> list[Group]:
-        """The answers of one member, in order. Raises RuntimeError when it holds no such policy."""
-        if member not in self._members:
+    def answer(self, policy: str, requests: Sequence[GenerationRequest]) -> Iterator[Answered]:
+        """The answers of a policy as they are finished. Raises RuntimeError when it is not held."""
+        if policy not in self._members:
             raise RuntimeError(
-                f"asked for policy {member!r}, but no weights of it were delivered here; held: "
+                f"asked for policy {policy!r}, but no weights of it were delivered here; held: "
                 f"{', '.join(self.members()) or 'none'}"
             )
-        return self._members[member].generator.generate(requests)
+        for name, held in self._members.items():
+            if name != policy:
+                held.engine.rest()
+        return self._members[policy].engine.stream(requests)
+
+    def use(self) -> EngineUse:
+        """What the engines did since this actor was started, and their state."""
+        return sum((held.engine.use() for held in self._members.values()), self._retired)
+
+    def _predecessor(self, policy: str) -> tuple[str, _Holding] | None:
+        """The name and holding whose place weights of this policy take."""
+        held = self._members.get(policy)
+        return (policy, held) if held is not None else None
+
+    def _new_engine(self, spec: PolicySpec) -> SharedEngine:
+        generator = Generator(spec.config, stop_ids=spec.stop_ids, options=self._options, decode=_decoder(spec))
+        return SharedEngine(generator, after_step=lambda busy: self._gauges.update(self.use, busy=busy))
 
 
 class Sampler(Committee):
-    """Follows one policy: loading another replaces it."""
+    """Follows one policy: loading another replaces it, in the same engine where the model's shape is the same."""
 
-    def load(self, weights: Weights, spec: PolicySpec) -> str:
-        digest = super().load(weights, spec)
-        self.keep_only([weights.policy])
-        return digest
+    def _predecessor(self, policy: str) -> tuple[str, _Holding] | None:  # noqa: ARG002 (whichever is held)
+        return next(iter(self._members.items()), None)
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[Group]:
-        """The current policy's answers, in order. Raises RuntimeError before the first delivery."""
-        held = self.members()
-        if not held:
-            raise RuntimeError("this sampler holds no weights yet: deliver some before asking it to generate")
-        return self.sample(held[0], requests)
+
+def _decoder(spec: PolicySpec) -> Callable[[list[int]], str] | None:
+    return Tokenizer.load(Path(spec.tokenizer_folder)).decode if spec.tokenizer_folder is not None else None

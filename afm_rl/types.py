@@ -167,6 +167,22 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Refused:
+    """A request that can never run (an empty prompt, one longer than the context, ...), and why."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What became of request `index` of a batch that a sampler was handed; answers come as they are finished."""
+
+    index: int
+    result: Group | Refused
+
+
+@dataclass(frozen=True)
 class ScoredGroup:
     """A group with its rewards; `valid_G` False marks a response whose reward could not be computed."""
 

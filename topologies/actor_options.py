@@ -1,4 +1,7 @@
-"""The actors of a topology: how many of each role, what they may use of the machine, and their own options."""
+"""The actors of a topology: how many of each role, what they may use of the machine, and their own options.
+
+The options of a sampler's engine are in `engine_options.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from topologies.engine_options import Engine
 from topologies.strict import Count, CountOrZero, Fraction, Positive, PositiveOrZero, Strict, problem
 
 
@@ -75,12 +79,20 @@ class Learner(Strict):
         return self.mesh.devices // self.processes
 
 
-class Sampler(Role):
-    """Samplers; `max_batch` bounds the responses that one generates at a time."""
+class Generating(Role):
+    """Actors that generate; `max_batch` bounds the responses that one decodes at a time."""
+
+    max_batch: Count = 256
+    engine: Engine = Engine()
+    group_deadline_s: Positive = 600.0  # one that finishes no group for so long, its first compilation included, is killed
+    max_restarts: CountOrZero = 3  # of one, while the same requests are answered
+
+
+class Sampler(Generating):
+    """Samplers: what a policy in training, or one that is measured, answers."""
 
     replicas: Count = 2
     num_cpus: PositiveOrZero = 0.2
-    max_batch: Count = 256
 
 
 def _available_kind(kind: Any) -> Any:
@@ -89,10 +101,8 @@ def _available_kind(kind: Any) -> Any:
     return kind
 
 
-class Committee(Role):
-    """Actors that answer with every member's policy; `max_batch` as for samplers."""
-
-    max_batch: Count = 256
+class Committee(Generating):
+    """Actors that answer with every member's policy; only members that are answering have a cache in memory."""
 
 
 class Annotator(Strict):

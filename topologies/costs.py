@@ -113,4 +113,10 @@ def training_bytes(config: ModelConfig, *, batch: int, length: int, cut: Cut | N
 
 def cache_bytes(config: ModelConfig, *, responses: int, length: int) -> int:
     """float32 keys and values of `responses` sequences of `length` tokens, and their logits."""
-    return 4 * responses * (2 * length * config.num_layers * config.num_kv_heads * config.head_dim + 2 * config.vocab_size)
+    keys_and_values = 8 * responses * length * config.num_layers * config.num_kv_heads * config.head_dim
+    return keys_and_values + logits_bytes(config, rows=responses)
+
+
+def logits_bytes(config: ModelConfig, *, rows: int) -> int:
+    """float32 logits of a decoding step, twice."""
+    return 8 * rows * config.vocab_size

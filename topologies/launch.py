@@ -115,7 +115,8 @@ def _run_stages(context: Context) -> None:
         context.progress.heading(f"{options.name}{' (already done)' if done else ''}")
 
         def work(options: Any = options, stage_began: float = stage_began) -> dict[str, Any]:
-            result = STAGES[options.name](context, options)
+            with context.engines_logged(options.name):
+                result = STAGES[options.name](context, options)
             return result.model_copy(update={"seconds": time.perf_counter() - stage_began}).model_dump(mode="json")
 
         results.append(StageResult.model_validate(context.once(f"stage/{options.name}", work)))

@@ -143,14 +143,17 @@ def _actors(topology: Topology, config: ModelConfig) -> tuple[ActorPlan, ...]:
     actors = topology.actors
     weights = costs.params_bytes(config)
     length = PROMPT_TOKENS + max((getattr(stage, "max_tokens", 0) for stage in topology.stages), default=0)
-    answering = 2 * weights + costs.cache_bytes(config, responses=actors.sampler.max_batch, length=length)
     members = len(topology.stage("itec").members) if "itec" in topology.stage_names else 1
+    answering = {
+        role: 2 * weights + at.engine.kv_cache + costs.logits_bytes(config, rows=at.max_batch)
+        for role, at in (("sampler", actors.sampler), ("committee", actors.committee))
+    }
     scoring = 2 * weights + costs.cache_bytes(config, responses=32, length=length)
     bytes_of = {
         "learner": _learner_bytes(topology, config),
-        "sampler": answering,
+        "sampler": answering["sampler"],
         "reward": scoring,
-        "committee": answering + (members - 1) * weights,
+        "committee": answering["committee"] + (members - 1) * weights,
         "annotator": 0,
         "quantizer": 3 * weights,
         "server": 2 * weights + costs.cache_bytes(config, responses=1, length=config.max_positions),

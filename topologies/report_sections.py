@@ -6,10 +6,10 @@ Each function turns one part of a `Report` into HTML and returns "" when the run
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from actors.metrics import GOODPUT_STAGE
+from actors.metrics import ENGINE_STAGE, GOODPUT_STAGE
 from topologies.report_data import Answer, Curve, Report, Sample, StageResult, Table
 from topologies.report_html import bar, compact, duration, escape, figures, mebibytes, number, share, table
 from topologies.report_svg import COLOURS, SMOOTH_FROM, Series, line_chart
@@ -249,9 +249,10 @@ def timings_section(report: Report, rows: Rows) -> str:
         for actor in sorted(report.actors, key=lambda actor: -actor.busy_s)
     )
     busy = f'<h3>Actors: busy time as a share of the run</h3><div class="bars actors">{actors}</div>' if actors else ""
+    engines = _engines(rows, {stage.name for stage in report.stages})
     return (
         f'<section id="timings"><header><h2>Timings</h2></header><h3>Stages</h3>'
-        f'<div class="bars stages">{stages}</div>{busy}{_learner_time(rows)}</section>'
+        f'<div class="bars stages">{stages}</div>{busy}{_learner_time(rows)}{engines}</section>'
     )
 
 
@@ -272,6 +273,49 @@ def _learner_time(rows: Rows) -> str:
             note="goodput is the share of steps; compiling is taken off the step it happened in",
         )
     )
+
+
+def _engines(rows: Rows, stages: Collection[str]) -> str:
+    """What the engine of every sampler did in every stage, as a table; the rows of single iterations are for the curves."""
+    done = [(*row["task"].split("/", 1), row) for row in rows if row["stage"] == ENGINE_STAGE and "/" in row["task"]]
+    lines = [(stage, actor, row) for stage, actor, row in done if stage in stages]
+    if not lines:
+        return ""
+    return table(
+        Table(
+            title="Samplers and committee: what their engines did, by stage",
+            columns=[
+                "stage",
+                "actor",
+                "tokens",
+                "tokens/s",
+                "rows used, %",
+                "from cache, %",
+                "queue",
+                "preempted",
+                "programs",
+            ],
+            rows=[
+                [
+                    stage,
+                    actor,
+                    row["response_tokens"],
+                    _rounded(row["tokens_per_s"], 0),
+                    _rounded(row["batch_occupancy"], 1, scale=100),
+                    _rounded(row["cache_hit_rate"], 1, scale=100),
+                    _rounded(row["queue_depth"], 1),
+                    row["preemptions"],
+                    row["compiled_programs"],
+                ]
+                for stage, actor, row in lines
+            ],
+            note="tokens a second of an engine's own steps; its queue at a step in requests; a resumed stage: its last part",
+        )
+    )
+
+
+def _rounded(value: float | None, digits: int, *, scale: float = 1) -> float | None:
+    return None if value is None else round(scale * value, digits)
 
 
 def environment_section(report: Report, topology_text: str) -> str:

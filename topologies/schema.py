@@ -261,6 +261,7 @@ class Topology(Strict):
 
     def _check_shapes(self) -> None:
         check_mesh(self)
+        self._check_engines()
         for i, stage in enumerate(self.stages):
             at: Loc = ("stages", i, stage.name)
             # A model with more tokens than its tokenizer would sample ids that nobody can decode.
@@ -278,6 +279,15 @@ class Topology(Strict):
             if stage.name == "adapters" and stage.rank not in (ranks := self.stage("recover").ranks):
                 message = f"no recovery adapter of rank {stage.rank} to start from; recover.ranks are {ranks}"
                 raise problem(message, at=(*at, "rank"))
+
+    def _check_engines(self) -> None:
+        limit = self.model.config().max_positions
+        for role in ("sampler", "committee"):
+            engine, at = getattr(self.actors, role).engine, ("actors", role, "engine")
+            if engine.max_context is not None and engine.max_context > limit:
+                raise problem(f"more than model.max_positions, {limit}", at=(*at, "max_context"))
+            if self.deterministic and engine.speculative.kind != "off":
+                raise problem("not with deterministic: true: its steps have shapes of their own", at=(*at, "speculative"))
 
     def _check_phases(self, stage: Any, at: Loc) -> None:
         limit = self.model.config().max_positions

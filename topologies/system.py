@@ -2,7 +2,8 @@
 
 `start` turns the topology's `actors` section into handles. Under Ray every actor is named as the YAML draws it (learner,
 sampler-0, reward-0, ...) in a namespace of the run's name, so that the dashboard and `ray list actors` show the topology.
-What cannot be placed is an error at once, not a wait.
+What cannot be placed is an error at once, not a wait. Samplers and the committee that die come back by themselves
+(`actors/dispatch.py` says how often); the learner's group has a supervisor of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,14 +21,18 @@ from actors.group import GroupHandle, GroupRestartedError, GroupSpec, start_grou
 from actors.host import ActorStats, DeadlineError, Handle, Host, InlineHandle, RayHandle, gather
 from actors.jobs import LearnerSetup
 from actors.learner import Learner
+from actors.metrics import RaySink
 from actors.quantizer import Quantizer
 from actors.reward import Reward
 from actors.sampler import Committee, Sampler
+from actors.streams import CONCURRENCY_GROUPS, InlineStreamingHandle, RayStreamingHandle, StreamingHandle
 from actors.weights import WeightStore
 from afm_rl.compute import Compute
 from afm_rl.errors import UserError
+from afm_rl.generation.options import EngineOptions
 from afm_rl.malloc import ACTOR_TUNABLES
 from afm_rl.sharding import MeshShape
+from topologies.actor_options import Generating
 from topologies.schema import Topology
 
 log = logging.getLogger(__name__)
@@ -45,9 +50,9 @@ class System:
     """Handles to the running topology. `dashboard` is its address, or None under the inline launcher."""
 
     learner: Handle
-    samplers: list[Handle]
+    samplers: list[StreamingHandle]
     rewards: list[Handle]
-    committee: list[Handle]
+    committee: list[StreamingHandle]
     annotator: Handle
     quantizers: list[Handle]
     store: Handle
@@ -82,6 +87,11 @@ class ActorDeclaration:
     num_gpus: float
     kwargs: dict[str, Any]
 
+    @property
+    def generates(self) -> bool:
+        """Whether it answers item by item, and takes its weights from the store when it is started anew."""
+        return issubclass(self.role, Committee)
+
 
 def declare(topology: Topology) -> dict[str, list[ActorDeclaration]]:
     """Every actor of the topology by role, in the order they start."""
@@ -93,14 +103,14 @@ def declare(topology: Topology) -> dict[str, list[ActorDeclaration]]:
             Sampler,
             actors.sampler.replicas,
             actors.sampler,
-            {"max_batch": actors.sampler.max_batch, "compute_dtype": dtype},
+            {"engine": engine_options(topology, actors.sampler)},
         ),
         "reward": (Reward, actors.reward.replicas, actors.reward, {"compute_dtype": dtype}),
         "committee": (
             Committee,
             actors.committee.replicas,
             actors.committee,
-            {"max_batch": actors.committee.max_batch, "compute_dtype": dtype},
+            {"engine": engine_options(topology, actors.committee)},
         ),
         "annotator": (
             Annotator,
@@ -124,6 +134,13 @@ def declare(topology: Topology) -> dict[str, list[ActorDeclaration]]:
         ]
         for role, (cls, count, section, kwargs) in options.items()
     }
+
+
+def engine_options(topology: Topology, role: Generating) -> EngineOptions:
+    """How the engines of a role are built."""
+    return role.engine.options(
+        max_batch=role.max_batch, compute_dtype=topology.compute.dtype, deterministic=topology.deterministic
+    )
 
 
 def learner_setup(topology: Topology) -> LearnerSetup:
@@ -167,7 +184,7 @@ def start(topology: Topology) -> Iterator[System]:
     """The running topology; everything it started is ended when the block is left."""
     declarations = declare(topology)
     if topology.launcher == "inline":
-        yield _system({r: [_inline(d) for d in ds] for r, ds in declarations.items()}, None, "inline")
+        yield _system(_started(declarations, _inline), None, "inline")
         return
     import ray
 
@@ -175,8 +192,7 @@ def start(topology: Topology) -> Iterator[System]:
     try:
         [learner] = declarations.pop("learner")
         with closing(start_group(learner.name, learner.role, learner.kwargs, group_spec(topology))) as group:
-            handles: dict[str, list[Any]] = {role: [_ray_actor(d) for d in ds] for role, ds in declarations.items()}
-            handles["learner"] = [group]
+            handles = _started(declarations, _ray_actor) | {"learner": [group]}
             _await_placement([h for hs in handles.values() for h in hs])
             yield _system(handles, dashboard, topology.launcher)
     finally:
@@ -197,21 +213,41 @@ def _system(handles: dict[str, list[Any]], dashboard: str | None, launcher: str)
     )
 
 
-def _inline(declaration: ActorDeclaration) -> InlineHandle:
-    return InlineHandle(declaration.name, declaration.role, declaration.kwargs)
+def _started(
+    declarations: dict[str, list[ActorDeclaration]], start_one: Callable[[ActorDeclaration, dict[str, Any]], Handle]
+) -> dict[str, list[Any]]:
+    """A handle for every declaration; the weight store first, which those that generate are told of."""
+    [store_declaration] = declarations["weights"]
+    store = start_one(store_declaration, {})
+    handles: dict[str, list[Any]] = {
+        role: [start_one(d, {"name": d.name, "store": store} if d.generates else {}) for d in ds]
+        for role, ds in declarations.items()
+        if role != "weights"
+    }
+    return handles | {"weights": [store]}
 
 
-def _ray_actor(declaration: ActorDeclaration) -> RayHandle:
+def _inline(declaration: ActorDeclaration, told: dict[str, Any]) -> InlineHandle:
+    handle = InlineStreamingHandle if declaration.generates else InlineHandle
+    return handle(declaration.name, declaration.role, declaration.kwargs | told)
+
+
+def _ray_actor(declaration: ActorDeclaration, told: dict[str, Any]) -> RayHandle:
     import ray
 
     # Ray names an actor's class after the Python class: a subclass per role makes the dashboard say "Learner", not "Host".
     host = type(declaration.role.__name__, (Host,), {"__module__": Host.__module__})
+    remote: Any = ray.remote
+    threads, kwargs = {}, declaration.kwargs | told
+    lives = {"max_restarts": -1} if declaration.generates else {}  # how often is the dispatch's to say
+    if declaration.generates:
+        threads, kwargs = {"concurrency_groups": CONCURRENCY_GROUPS}, kwargs | {"sinks": (RaySink(),)}
     actor: Any = (
-        ray.remote(host)
-        .options(name=declaration.name, num_cpus=declaration.num_cpus, num_gpus=declaration.num_gpus, max_concurrency=1)
-        .remote(declaration.name, declaration.role, declaration.kwargs)
+        remote(max_concurrency=1, **threads)(host)
+        .options(name=declaration.name, num_cpus=declaration.num_cpus, num_gpus=declaration.num_gpus, **lives)
+        .remote(declaration.name, declaration.role, kwargs)
     )
-    return RayHandle(declaration.name, actor)
+    return (RayStreamingHandle if declaration.generates else RayHandle)(declaration.name, actor)
 
 
 def _connect(topology: Topology) -> str | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from actors.mdloo_batch import responses_batch
+from actors.mdloo_batch import logp_mismatch, responses_batch
 from afm_rl.types import Group, ScoredGroup
 
 
@@ -32,3 +34,24 @@ def test_groups_of_different_sizes_are_refused() -> None:
     """Guards that layout."""
     with pytest.raises(ValueError, match=r"different sizes in one batch: \[2, 3\]"):
         responses_batch([scored("a", (2, 2)), scored("b", (2, 2, 2))])
+
+
+def test_mismatch_is_of_tokens_by_hand() -> None:
+    """Guards the figure that says whether sampler and learner are the same policy: token by token, padding not counted."""
+    groups = [scored("a", (2, 1)).group, scored("b", (1, 1)).group]
+    logps = [np.array([-1.0, -2.0]), np.array([-3.0]), np.array([-4.0]), np.array([-5.0])]
+    groups = [
+        dataclasses.replace(g, logps=tuple(np.asarray(x, np.float32) for x in part))
+        for g, part in zip(groups, (logps[:2], logps[2:]), strict=True)
+    ]
+    mask_BT = np.array([[0, 1, 1, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]], np.float32)
+    logp_BT = np.array([[9, -1.25, -1.5, 9], [9, -3, 9, 9], [9, -4, 9, 9], [9, 9, -5.1, 9]])
+    found = logp_mismatch(groups, logp_BT, mask_BT)
+    assert found["logp_mismatch_max"] == 0.5
+    assert found["logp_mismatch_mean"] == pytest.approx((0.25 + 0.5 + 0 + 0 + 0.1) / 5)
+    assert found["logp_mismatch_response_max"] == pytest.approx(0.25)  # +0.25 - 0.5
+    # Tokens of other weights are another policy's.
+    updated = dataclasses.replace(groups[0], versions=(np.array([0, 1]), np.array([1])))
+    assert logp_mismatch([updated, groups[1]], logp_BT, mask_BT)["logp_mismatch_max"] == 0.25
+    nothing = dataclasses.replace(groups[0], versions=(np.array([1, 1]), np.array([1])))
+    assert logp_mismatch([nothing], logp_BT[:2], mask_BT[:2]) == {}

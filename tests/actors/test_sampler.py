@@ -4,104 +4,190 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 
+from actors.host import InlineHandle, call
 from actors.sampler import Committee, PolicySpec, Sampler
-from afm_rl.config import ModelConfig
-from afm_rl.parameters import ParamSpec, param_specs
-from afm_rl.types import GenerationRequest, Group, Weights
-from afm_rl.weights import DigestMismatchError, flatten
+from actors.streams import InlineStreamingHandle, items
+from actors.weights import WeightStore, deliver
+from afm_rl.types import GenerationRequest, Group, Refused
+from afm_rl.weights import DigestMismatchError
+from tests.actors.toy_policy import CONFIG, ENGINE, SPEC, damaged, not_finite, request, weights
 
-CONFIG = ModelConfig(11, 8, 16, 1, 2, 1, 4, max_positions=48)
-SPEC = PolicySpec(CONFIG, stop_ids=(3,))
-
-
-def weights(policy: str, version: int, seed: int = 0) -> Weights:
-    rng = np.random.default_rng(seed)
-
-    def draw(spec: ParamSpec) -> np.ndarray:
-        return np.ones(spec.shape, np.float32) if spec.std is None else rng.normal(size=spec.shape).astype(np.float32)
-
-    params = jax.tree.map(draw, param_specs(CONFIG), is_leaf=lambda x: isinstance(x, ParamSpec))
-    return flatten(params, policy=policy, version=version)
+REQUEST = request("r", 5, 1)
 
 
-def damaged(good: Weights) -> Weights:
-    buffers = {name: buffer.copy() for name, buffer in good.buffers.items()}
-    buffers["float32"].view(np.uint8)[0] ^= 1
-    return dataclasses.replace(good, buffers=buffers)
+def sampler() -> Sampler:
+    return Sampler(engine=ENGINE)
 
 
-REQUEST = GenerationRequest("r", np.array([5, 1], np.int32), max_tokens=16, temperature=0.0)
+def groups(actor: Committee, policy: str, *requests: GenerationRequest) -> list[Group]:
+    """The answers in the order of the requests; none may be refused."""
+    found = sorted(actor.answer(policy, requests), key=lambda one: one.index)
+    assert all(isinstance(one.result, Group) for one in found)
+    return [one.result for one in found]  # type: ignore[misc]
 
 
-def answer(group: Group) -> list[int]:
-    return group.responses[0].tolist()
+def tokens(actor: Committee, policy: str, asked: GenerationRequest = REQUEST) -> list[int]:
+    return groups(actor, policy, asked)[0].responses[0].tolist()
 
 
 def test_a_sampler_without_weights_refuses() -> None:
     """Guards the protocol: no weights, or weights that arrived damaged, and nothing is generated."""
-    sampler = Sampler(max_batch=4)
-    with pytest.raises(RuntimeError, match="no weights yet"):
-        sampler.generate([REQUEST])
-    with pytest.raises(DigestMismatchError):
-        sampler.load(damaged(weights("sft", 1)), SPEC)
-    with pytest.raises(RuntimeError, match="no weights yet"):
-        sampler.generate([REQUEST])
+    actor = sampler()
+    with pytest.raises(RuntimeError, match="'sft', but no weights of it were delivered here; held: none"):
+        actor.answer("sft", [REQUEST])
+    for bad in (damaged(weights("sft", 1)), not_finite("sft", 1)):
+        with pytest.raises(ValueError, match="policy 'sft' version 1"):
+            actor.load(bad, SPEC)
+        assert actor.members() == []
+        with pytest.raises(RuntimeError, match="held: none"):
+            actor.answer("sft", [REQUEST])
 
 
 def test_a_sampler_acknowledges_and_stamps() -> None:
     """Guards staleness: the digest that comes back is that of the bytes, the answers carry policy and version."""
-    sampler = Sampler(max_batch=4)
+    actor = sampler()
     first, second = weights("mdloo", 1), weights("mdloo", 2, seed=1)
-    assert sampler.load(first, SPEC) == first.digest
-    before = sampler.generate([REQUEST])[0]
-    assert (before.policy, before.version) == ("mdloo", 1)
-    assert sampler.load(second, SPEC) == second.digest != first.digest
-    after = sampler.generate([REQUEST])[0]
+    assert actor.load(first, SPEC) == actor.digest("mdloo") == first.digest
+    [before] = groups(actor, "mdloo", REQUEST)
+    assert (before.id, before.policy, before.version) == ("r", "mdloo", 1)
+    assert actor.load(second, SPEC) == actor.digest("mdloo") == second.digest != first.digest
+    [after] = groups(actor, "mdloo", REQUEST)
     assert after.version == 2
-    assert answer(before) != answer(after)
+    assert before.responses[0].tolist() != after.responses[0].tolist()
 
 
-def test_a_damaged_delivery_leaves_the_last_good_weights() -> None:
-    """Guards a sampler in service: it keeps its version, and says so."""
-    sampler = Sampler(max_batch=4)
-    sampler.load(weights("mdloo", 1), SPEC)
-    with pytest.raises(DigestMismatchError, match="version 2"):
-        sampler.load(damaged(weights("mdloo", 2, seed=1)), SPEC)
-    assert sampler.generate([REQUEST])[0].version == 1
+def test_weights_it_will_not_take_leave_the_last_good_ones() -> None:
+    """Guards a sampler in service: damaged bytes, or values that are not finite, and it keeps its version."""
+    actor = sampler()
+    actor.load(weights("mdloo", 1), SPEC)
+    whole = tokens(actor, "mdloo")
+    with pytest.raises(DigestMismatchError, match="version 2 are damaged"):
+        actor.load(damaged(weights("mdloo", 2, seed=1)), SPEC)
+    with pytest.raises(ValueError, match="version 2 hold values that are not finite"):
+        actor.load(not_finite("mdloo", 2), SPEC)
+    with pytest.raises(ValueError, match="not finite"):  # in an engine of its own: another shape
+        actor.load(not_finite("mdloo", 2), dataclasses.replace(SPEC, stop_ids=(4,)))
+    assert groups(actor, "mdloo", REQUEST)[0].version == 1
+    assert tokens(actor, "mdloo") == whole
+    assert actor.digest("mdloo") == weights("mdloo", 1).digest
 
 
 def test_a_sampler_follows_one_policy() -> None:
-    """Guards memory: another policy replaces the one held."""
-    sampler = Sampler(max_batch=4)
-    sampler.load(weights("sft", 1), SPEC)
-    sampler.load(weights("mdloo", 1, seed=1), SPEC)
-    assert sampler.members() == ["mdloo"]
-    assert sampler.generate([REQUEST])[0].policy == "mdloo"
+    """Guards memory: another policy replaces the one held, in the same engine."""
+    actor = sampler()
+    actor.load(weights("sft", 1), SPEC)
+    tokens(actor, "sft")
+    did = actor.use()
+    actor.load(weights("mdloo", 1, seed=1), SPEC)
+    assert actor.members() == ["mdloo"]
+    assert groups(actor, "mdloo", REQUEST)[0].policy == "mdloo"
+    assert actor.use().compiled_programs == did.compiled_programs > 0
+    assert actor.use().steps > did.steps
+    with pytest.raises(RuntimeError, match="'sft', but no weights"):
+        actor.answer("sft", [REQUEST])
+
+
+def test_other_weights_of_the_same_version_are_other_weights() -> None:
+    """Guards the cache of prefixes: version 0 of a policy in training, and version 0 of its folder, are two."""
+    long = request("long", *range(4, 11), *range(4, 11), *range(4, 11))
+    actor, fresh = sampler(), sampler()
+    actor.load(weights("mdloo", 0), SPEC)
+    first = groups(actor, "mdloo", long)[0]
+    for one in (actor, fresh):
+        one.load(weights("mdloo", 0, seed=1), SPEC)
+    again, expected = groups(actor, "mdloo", long)[0], groups(fresh, "mdloo", long)[0]
+    assert again.responses[0].tolist() == expected.responses[0].tolist() != first.responses[0].tolist()
+    np.testing.assert_allclose(again.logps[0], expected.logps[0], atol=1e-5)
 
 
 def test_a_committee_answers_for_each_member() -> None:
     """Guards 4.3.2: members side by side, each with its own weights; those not kept are gone."""
-    committee = Committee(max_batch=4)
+    committee = Committee(engine=ENGINE)
     for seed, name in enumerate(("sft", "dpo", "mdloo")):
         committee.load(weights(name, seed, seed=seed), SPEC)
     assert committee.members() == ["dpo", "mdloo", "sft"]
-    groups = {name: committee.sample(name, [REQUEST])[0] for name in committee.members()}
-    assert {(name, g.policy) for name, g in groups.items()} == {(name, name) for name in groups}
-    assert len({str(answer(g)) for g in groups.values()}) == 3
+    answers = {name: groups(committee, name, REQUEST)[0] for name in committee.members()}
+    assert {(name, g.policy) for name, g in answers.items()} == {(name, name) for name in answers}
+    assert len({str(g.responses[0].tolist()) for g in answers.values()}) == 3
+    did = committee.use()
     committee.keep_only(["sft"])
+    assert (committee.use().response_tokens, committee.use().pages) == (did.response_tokens, did.pages // 3)
     with pytest.raises(RuntimeError, match="'dpo', but no weights of it were delivered here; held: sft"):
-        committee.sample("dpo", [REQUEST])
-    assert answer(committee.sample("sft", [REQUEST])[0]) == answer(groups["sft"])
+        committee.answer("dpo", [REQUEST])
+    assert tokens(committee, "sft") == answers["sft"].responses[0].tolist()
 
 
-def test_another_shape_under_the_same_name_is_a_new_generator() -> None:
+def test_another_shape_under_the_same_name_is_a_new_engine() -> None:
     """Guards a policy whose stop ids change between rounds."""
-    committee = Committee(max_batch=4)
+    committee = Committee(engine=ENGINE)
     committee.load(weights("sft", 1), SPEC)
-    whole = answer(committee.sample("sft", [REQUEST])[0])
+    whole = tokens(committee, "sft")
     committee.load(weights("sft", 1), PolicySpec(CONFIG, stop_ids=(whole[0],)))
-    assert answer(committee.sample("sft", [REQUEST])[0]) == whole[:1]
+    assert tokens(committee, "sft") == whole[:1]
+
+
+def test_a_request_that_can_never_run_is_its_own_error() -> None:
+    """Guards the rest of a batch: what is refused says why, by name, and everybody else is answered."""
+    actor = sampler()
+    actor.load(weights("sft", 1), SPEC)
+    adapted = dataclasses.replace(REQUEST, id="adapted", adapter="none such")
+    asked = [REQUEST, request("empty"), request("long", *[5] * 40), adapted, request("s", 5, 2)]
+    answered = {one.index: one.result for one in actor.answer("sft", asked)}
+    refused = {i: one for i, one in answered.items() if isinstance(one, Refused)}
+    assert {i: one.id for i, one in refused.items()} == {1: "empty", 2: "long", 3: "adapted"}
+    assert all(repr(one.id) in one.reason for one in refused.values())
+    assert [answered[0].id, answered[4].id] == ["r", "s"]
+
+
+def test_streams_share_the_batch_and_may_use_the_same_ids() -> None:
+    """Guards several readers of one engine: each gets its own answers, whatever the other's are called."""
+    actor = sampler()
+    actor.load(weights("sft", 1), SPEC)
+    alone = [tokens(actor, "sft", request("r", 5, 1)), tokens(actor, "sft", request("r", 7, 2))]
+    before = actor.use()
+    one, two = (actor.answer("sft", [request("r", *prompt)]) for prompt in ((5, 1), (7, 2)))
+    first = next(one)
+    second = next(two)
+    assert [first.result.responses[0].tolist(), second.result.responses[0].tolist()] == alone
+    assert first.result.id == second.result.id == "r"
+    assert [*one, *two] == []
+    assert actor.use().since(before).response_tokens == sum(map(len, alone))
+
+
+def test_a_reader_that_goes_away_leaves_nothing_behind() -> None:
+    """Guards the engine's memory: requests that nobody waits for are given up, and their pages are free again."""
+    actor = sampler()
+    actor.load(weights("sft", 1), SPEC)
+    stream = actor.answer("sft", [request("short", 5, 1, tokens=1), request("long", 7, 2, tokens=40)])
+    assert next(stream).result.id == "short"
+    stream.close()
+    use = actor.use()
+    assert (use.running, use.waiting) == (0, 0)
+    assert use.free_pages == use.pages
+    assert tokens(actor, "sft") == tokens(actor, "sft")
+
+
+def test_one_started_anew_takes_its_weights_from_the_store() -> None:
+    """Guards a restart: sampler and committee come back with what they were last given, and answer alike."""
+    store = InlineHandle("weights", WeightStore, {})
+    told = {"engine": ENGINE, "store": store}
+    follower = InlineStreamingHandle("sampler-0", Sampler, {**told, "name": "sampler-0"})
+    members = InlineStreamingHandle("committee-0", Committee, {**told, "name": "committee-0"})
+    digests = {name: call(store, "publish", weights(name, 1, seed=seed)) for seed, name in enumerate(("sft", "dpo"))}
+    for name, digest in digests.items():
+        deliver(store, [follower], name, SPEC, digest=digest)
+        deliver(store, [members], name, SPEC, digest=digest, beside=["sft"])
+
+    def answers(handle: InlineStreamingHandle, policy: str) -> list[int]:
+        [one] = items(handle.stream("answer", policy, [REQUEST]))
+        return one.result.responses[0].tolist()
+
+    before = [answers(follower, "dpo"), answers(members, "sft"), answers(members, "dpo")]
+    for handle in (follower, members):
+        handle.end()
+    assert call(follower, "digest", "dpo") == digests["dpo"]
+    assert (call(follower, "members"), call(members, "members")) == (["dpo"], ["dpo", "sft"])
+    assert [answers(follower, "dpo"), answers(members, "sft"), answers(members, "dpo")] == before

@@ -1,4 +1,4 @@
-"""The weight store and delivery: the newest version wins, and a receiver that disagrees stops the run."""
+"""The weight store and delivery: what is current is held, and no more; a receiver that disagrees stops the run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.host import InlineHandle
+from actors.host import ActorLostError, InlineHandle, call
 from actors.sampler import PolicySpec
-from actors.weights import WeightsOutOfSyncError, WeightStore, deliver, publish_folder
+from actors.streams import InlineStreamingHandle
+from actors.weights import WeightsOutOfSyncError, WeightsRefusedError, WeightStore, deliver, publish_folder
 from afm_rl.config import ModelConfig
 from afm_rl.huggingface import save_pretrained
 from afm_rl.parameters import ParamSpec, param_specs
 from afm_rl.types import Weights
-from afm_rl.weights import digest, flatten
+from afm_rl.weights import DigestMismatchError, digest, flatten
 
 CONFIG = ModelConfig(11, 8, 16, 1, 2, 1, 4)
 SPEC = PolicySpec(CONFIG, stop_ids=(3,))
@@ -39,9 +40,12 @@ class Receiver:
         return self._answers or weights.digest
 
 
-def receivers(*answers: str | None) -> list[InlineHandle]:
+def receivers(*answers: str | None) -> list[InlineStreamingHandle]:
     Receiver.events = []
-    return [InlineHandle(f"sampler-{i}", Receiver, {"name": str(i), "answers": answer}) for i, answer in enumerate(answers)]
+    return [
+        InlineStreamingHandle(f"sampler-{i}", Receiver, {"name": str(i), "answers": answer})
+        for i, answer in enumerate(answers)
+    ]
 
 
 def store_with(*published: Weights) -> InlineHandle:
@@ -78,7 +82,8 @@ def test_policies_do_not_mix() -> None:
 
 
 def test_a_folder_is_read_once_per_version(tmp_path: Path) -> None:
-    """Guards the path from an exported policy to its samplers: the digest is that of the parameters."""
+    """Guards the path from an exported policy to its samplers: the digest is that of the parameters. What was handed over is
+    read again for who asks later, and must be what it was."""
     rng = np.random.default_rng(0)
 
     def make() -> dict[str, Any]:
@@ -96,7 +101,13 @@ def test_a_folder_is_read_once_per_version(tmp_path: Path) -> None:
     assert publish_folder(store, "sft", 0, tmp_path / "sft") == digest(params)
     save_pretrained(other, tmp_path / "sft", config=CONFIG)
     assert publish_folder(store, "sft", 0, tmp_path / "sft") == digest(params)
+    assert call(store, "fetch", "sft").digest == digest(params)
+    with pytest.raises(DigestMismatchError, match="sft no longer holds what was published of policy 'sft'"):
+        call(store, "fetch", "sft")
     assert publish_folder(store, "sft", 1, tmp_path / "sft") == digest(other)
+    assert [call(store, "fetch", "sft").digest for _ in range(2)] == [digest(other)] * 2
+    save_pretrained(params, tmp_path / "final", config=CONFIG)
+    assert publish_folder(store, "sft", 1, tmp_path / "final") == digest(params)  # a folder of its own is another policy
 
 
 def test_delivery_reaches_everyone() -> None:
@@ -118,3 +129,80 @@ def test_delivery_raises_when_the_store_holds_another_version() -> None:
     old, new = weights("mdloo", 4), weights("mdloo", 5, 1.0)
     with pytest.raises(WeightsOutOfSyncError, match="sampler-0"):
         deliver(store_with(old), receivers(None), "mdloo", SPEC, digest=new.digest)
+
+
+def test_the_store_holds_what_is_in_use_and_no_more() -> None:
+    """Guards its memory, and a receiver that is started anew: it is told what it was last given."""
+    store = WeightStore()
+    for name in ("sft", "dpo", "mdloo"):
+        store.publish(weights(name, 1))
+    samplers, committee = ["sampler-0", "sampler-1"], ["committee-0"]
+    store.assign(samplers, "sft", SPEC)
+    store.assign(committee, "sft", SPEC)
+    store.assign(committee, "dpo", SPEC, ["sft"])
+    assert [w.policy for w, _ in store.assigned("committee-0")] == ["sft", "dpo"]
+    store.assign(samplers, "mdloo", SPEC)
+    assert [(w.policy, spec) for w, spec in store.assigned("sampler-1")] == [("mdloo", SPEC)]
+    assert store.policies() == ["dpo", "mdloo", "sft"]
+    store.release(committee)
+    assert store.policies() == ["mdloo"]
+    assert store.assigned("committee-0") == store.assigned("nobody") == []
+    store.publish(weights("mdloo", 2, 1.0))
+    assert store.assigned("sampler-0")[0][0].version == 2  # what is published is about to be delivered
+    store.forget("mdloo")
+    assert store.assigned("sampler-0") == []
+    store.publish(weights("mdloo", 1))  # a learner that went back behind what was published
+
+
+class Returned(Receiver):
+    """Takes from the store what it was last given, whenever it starts."""
+
+    def __init__(self, *, name: str, store: InlineHandle) -> None:
+        super().__init__(name=name)
+        self._given = call(store, "assigned", f"sampler-{name}")
+        self.events.append((name, "started", len(self._given)))
+
+    def digest(self, policy: str) -> str:
+        return {w.policy: w.digest for w, _ in self._given}[policy]
+
+
+class DyingHandle(InlineStreamingHandle):
+    """Its process dies over `load`."""
+
+    def submit(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return Lost() if method == "load" else super().submit(method, *args, **kwargs)
+
+    def revive(self) -> Any:
+        self.end()
+        return self.ping()
+
+
+class Lost:
+    what = "sampler-1.load"
+
+    def result(self, timeout_s: float) -> Any:
+        raise ActorLostError(f"its process is gone, not {timeout_s:.0f} s late")
+
+
+def test_a_receiver_that_dies_over_its_weights_returns_with_them() -> None:
+    """Guards the order: what a receiver is given is noted before it is given, so that no moment of its death loses it."""
+    w = weights("mdloo", 4)
+    store, [other] = store_with(w), receivers(None)
+    dying = DyingHandle("sampler-1", Returned, {"name": "1", "store": store})
+    deliver(store, [other, dying], "mdloo", SPEC, digest=w.digest)
+    assert Receiver.events == [("1", "started", 0), ("0", "mdloo", 4), ("1", "started", 1)]
+
+
+class Refusing(Receiver):
+    def load(self, weights: Weights, spec: PolicySpec) -> str:  # noqa: ARG002 (the face of a sampler)
+        raise ValueError(f"weights of policy {weights.policy!r} hold values that are not finite")
+
+
+def test_weights_that_are_refused_are_one_error_with_a_name() -> None:
+    """Guards diagnosis: who refused, and why, in one line."""
+    w = weights("mdloo", 4)
+    refusing = InlineStreamingHandle("sampler-1", Refusing, {"name": "1"})
+    with pytest.raises(
+        WeightsRefusedError, match="sampler-1 goes on without the new weights: weights of policy 'mdloo' hold"
+    ):
+        deliver(store_with(w), [*receivers(None), refusing], "mdloo", SPEC, digest=w.digest)

@@ -98,3 +98,13 @@ def test_the_learners_time_is_a_table_by_job() -> None:
     cells = re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", page)
     assert cells == ["job", "goodput, %", "step", "compile", "sft", "75", "3", "1"]
     assert "Learner" not in timings_section(report, [])
+
+
+def test_what_engines_did_is_a_table_by_stage() -> None:
+    """A sampler's row of a stage is shown, the rows of a stage's iterations are not; what was not measured is a dash."""
+    done = {"response_tokens": 1200, "tokens_per_s": 345.6, "batch_occupancy": 0.875, "cache_hit_rate": None}
+    done |= {"queue_depth": 1.25, "preemptions": 3, "compiled_programs": 7, "stage": "engine", "time": 0.0}
+    rows = [{**done, "task": "sft/sampler-0", "step": 0}, {**done, "task": "itec-1-mdloo/sampler-1", "step": 0}]
+    shown = timings_section(Report(name="r", total_s=9, stages=[StageResult(name="sft", seconds=5)]), rows)
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", shown)
+    assert cells == ["sft", "sampler-0", "1,200", "346", "87.5", "–", "1.2", "3", "7"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgpack
 import numpy as np
 
-from actors.host import call, gather, spread
+from actors.host import gather, spread
 from actors.reward import RewardSpec
 from afm_rl.types import Demonstration, Pair, Prompt
 from topologies.stage_options import RewardWeights
@@ -42,7 +42,7 @@ def sample_committee(
         answers: list[dict[str, list[str]]] = [{} for _ in prompts]
         with ctx.progress.task(f"{purpose} responses", total=len(committee)) as bar:
             for member in committee:
-                ctx.deploy(member, ctx.system.committee)
+                ctx.deploy(member, ctx.committee, beside=committee)
                 requests = ctx.requests(
                     prompts,
                     purpose=(purpose, member.name),
@@ -50,13 +50,10 @@ def sample_committee(
                     temperature=temperature,
                     max_tokens=max_tokens,
                 )
-                shares = spread(ctx.system.committee, requests)
-                groups = gather([handle.submit("sample", member.name, share) for handle, share in shares])
-                for found, group in zip(answers, itertools.chain.from_iterable(groups), strict=True):
+                for found, group in zip(answers, ctx.committee.answer(member.name, requests), strict=True):
                     found[member.name] = ctx.texts(group)
                 bar.advance(1)
-        for handle in ctx.system.committee:
-            call(handle, "keep_only", [])
+        ctx.committee.free()
         _write(path, {"prompts": [p.id for p in prompts], "answers": answers})
         return str(path.name)
 

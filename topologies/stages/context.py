@@ -1,25 +1,27 @@
 """What a stage works with: the topology, the run folder, the actors, the data, and the few verbs every stage shares.
 
 The verbs are `once` (do it unless the journal says it is done), `train` (a job on the learner, resumed from its newest
-checkpoint), `deploy` (weights to generators, acknowledged), `sample` (responses from a policy, spread over the samplers).
-Everything a verb computes is a function of the topology and its seed, so that a resumed run ends with the same numbers.
+checkpoint), `deploy` (weights to generators, acknowledged), `sample` (responses of a policy, by the samplers). Everything a
+verb computes is a function of the topology and its seed, so that a resumed run ends with the same numbers: to the bit with
+`deterministic: true`; without it, which responses share a batch shows in the last digits.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from actors.group import GroupHandle, GroupRestartedError
-from actors.host import Handle, call, gather, spread
+from actors.host import call
 from actors.jobs import TrainingJob
 from actors.metrics import GOODPUT_STAGE, Metrics
 from actors.sampler import PolicySpec
-from actors.weights import deliver, publish_folder
+from actors.weights import publish_folder
 from afm_rl.data.dataset import Dataset
 from afm_rl.errors import UserError
 from afm_rl.generate import request_seed
@@ -27,6 +29,7 @@ from afm_rl.huggingface import load_config
 from afm_rl.packing import Batch
 from afm_rl.tokenizer import Tokenizer
 from afm_rl.types import GenerationRequest, Group, Prompt
+from topologies.generators import Generators
 from topologies.journal import Journal
 from topologies.progress import ProgressView
 from topologies.run_folder import RunFolder
@@ -64,8 +67,12 @@ class Context:
     progress: ProgressView
     data: Dataset
     _tokenizer: Tokenizer | None = field(default=None, init=False)
-    _deployed: dict[str, str] = field(default_factory=dict, init=False)
     _restarts_s: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        actors, system = self.topology.actors, self.system
+        self.samplers = Generators(system.samplers, system.store, actors.sampler)
+        self.committee = Generators(system.committee, system.store, actors.committee)
 
     @property
     def seed(self) -> int:
@@ -200,17 +207,18 @@ class Context:
 
     def spec(self, policy: Policy) -> PolicySpec:
         """Shape and end tokens of a policy folder."""
-        return PolicySpec(load_config(policy.folder), self.stop_ids)
+        return PolicySpec(load_config(policy.folder), self.stop_ids, str(self.tokenizer_folder))
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         return self.tokenizer.stop_ids
 
-    def deploy(self, policy: Policy, receivers: Sequence[Handle]) -> None:
+    def deploy(self, policy: Policy, to: Generators, *, beside: Sequence[Policy] = ()) -> None:
         """Bring a policy folder's weights to generators, through the store, acknowledged by digest."""
         digest = publish_folder(self.system.store, policy.name, policy.version, policy.folder)
-        deliver(self.system.store, receivers, policy.name, self.spec(policy), digest=digest)
-        call(self.system.store, "forget", policy.name)
+        if not to.hold(policy.name, digest):
+            names = [other.name for other in beside]
+            to.give(policy.name, policy.version, self.spec(policy), digest=digest, beside=names)
 
     def requests(
         self,
@@ -240,20 +248,18 @@ class Context:
         return np.asarray(self.tokenizer.encode_chat(prompt.messages), np.int32)
 
     def sample(self, policy: Policy, requests: Sequence[GenerationRequest]) -> list[Group]:
-        """Answers of one policy, spread over the samplers in contiguous shares; order kept."""
-        if self._deployed.get("samplers") != str(policy.folder):
-            self.deploy(policy, self.system.samplers)
-            self._deployed["samplers"] = str(policy.folder)
-        return self.generate(requests)
+        """Answers of one policy, by the samplers; order kept."""
+        self.deploy(policy, self.samplers)
+        return self.samplers.answer(policy.name, requests)
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[Group]:
-        """As `sample`, with whatever the samplers hold."""
-        pending = [h.submit("generate", share) for h, share in spread(self.system.samplers, requests)]
-        return [group for groups in gather(pending) for group in groups]
-
-    def samplers_hold(self, what: str) -> None:
-        """Note that the samplers were given something else than a policy folder (a version of a policy in training)."""
-        self._deployed["samplers"] = what
+    @contextmanager
+    def engines_logged(self, stage: str) -> Iterator[None]:
+        """Log what every engine does during a stage."""
+        roles = (self.samplers, self.committee)
+        before = [role.look() for role in roles]
+        yield
+        for role, since in zip(roles, before, strict=True):
+            role.log(self.metrics, since, task=stage, step=0)
 
     def texts(self, group: Group) -> list[str]:
         """The decoded responses of a group."""

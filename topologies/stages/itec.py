@@ -267,6 +267,12 @@ def _curves(options: ItecStage) -> list[Curve]:
             Curve(title="MDLOO: KL to pi_k after the inner steps", y=["kl_to_behavior"], tasks=rl, unit="nats"),
             Curve(title="MDLOO: importance ratio", y=["ratio_mean", "ratio_max"], tasks=rl),
             Curve(title="MDLOO: effective sample size", y=["effective_sample_fraction"], tasks=rl, unit="share"),
+            Curve(
+                title="MDLOO: a token's log p, sampler against learner",
+                y=["logp_mismatch_max", "logp_mismatch_mean"],
+                tasks=rl,
+                unit="nats",
+            ),
         ]
     if offline:
         curves.append(Curve(title="DPO and IPO: preference accuracy", y=["accuracy"], tasks=offline))

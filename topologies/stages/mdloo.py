@@ -21,7 +21,6 @@ import numpy as np
 from actors.host import call, gather, spread
 from actors.jobs import MdlooSettings, TrainingJob
 from actors.reward import RewardSpec
-from actors.weights import deliver
 from afm_rl.generate import request_seed
 from afm_rl.packing import epoch_rows
 from afm_rl.recipe import OptimizerSpec
@@ -65,7 +64,6 @@ def train_mdloo(
         spec = RewardSpec(str(ctx.tokenizer_folder), str(reward_model.folder), options.reward.model_dump())
         gather([handle.submit("load", spec) for handle in ctx.system.rewards])
         ctx.on_learner(job, from_iteration)
-        call(ctx.system.store, "forget", policy.name)
 
     ctx.once(f"train/{policy.name}", work)
     ctx.drop_checkpoints(ctx.checkpoints(policy.name))
@@ -76,19 +74,19 @@ def _iterate(ctx: Context, options: MdlooTraining, iteration: int, *, stage: str
     begin = time.perf_counter()
     published = ctx.system.learner.submit("publish", policy.name, iteration)
     digest = call(ctx.system.store, "publish", published)
-    deliver(ctx.system.store, ctx.system.samplers, policy.name, ctx.spec(start), digest=digest)
-    ctx.samplers_hold(f"{policy.name}@{iteration}")
+    ctx.samplers.give(policy.name, iteration, ctx.spec(start), digest=digest)
+    before = ctx.samplers.look()
     prompts = iteration_prompts(ctx.data.prompts, iteration, count=options.prompts, seed=request_seed(ctx.seed, policy.name))
-    groups = ctx.generate(
-        ctx.requests(
-            prompts,
-            purpose=(policy.name, iteration),
-            responses=options.responses,
-            temperature=options.temperature,
-            max_tokens=options.max_tokens,
-        )
+    requests = ctx.requests(
+        prompts,
+        purpose=(policy.name, iteration),
+        responses=options.responses,
+        temperature=options.temperature,
+        max_tokens=options.max_tokens,
     )
+    groups = ctx.samplers.answer(policy.name, requests)
     generated = time.perf_counter()
+    engines = ctx.samplers.log(ctx.metrics, before, task=policy.name, step=iteration)
     scored = _score(ctx, groups, prompts)
     rewarded = time.perf_counter()
     settings = MdlooSettings(
@@ -106,6 +104,7 @@ def _iterate(ctx: Context, options: MdlooTraining, iteration: int, *, stage: str
         step=iteration,
         values={
             **metrics,
+            **{f"sampler_{name}": value for name, value in engines.items()},
             **{f"reward_{name}": value for name, value in _component_means(scored).items()},
             **({"accuracy": _component_means(scored)["verifier"]} if "verifier" in scored[0].components else {}),
             "policy_version": iteration,

@@ -1,0 +1,277 @@
+"""Requests over samplers: groups come back as they are finished, each request's exactly once, whatever becomes of a sampler.
+
+    requests -> queue -> up to `window` responses at each sampler -> groups, as they finish
+                  ^---- what a lost or silent sampler had not answered, with its seeds ----'
+
+| event | what follows |
+|---|---|
+| a sampler has answered a quarter of its window | it gets more: a faster one takes more of the queue |
+| a sampler dies | its unanswered requests go to the head of the queue; it gets more once its next life answers |
+| a sampler finishes nothing for `deadline_s` | its process is killed, then as above |
+| a sampler is lost for the (max_losses + 1)th time, or does not return | it gets no more; the last one's end is an error |
+| a request can never run | it is its own error, raised (or yielded) when all others are answered |
+
+Which sampler answers a request is not reproducible, and need not be: with the engine's deterministic mode a token depends on
+its own sequence and seed alone; without it, tokens of equal seeds may differ in rare roundings, as they do between batches.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from actors.host import ActorLostError, Pending
+from actors.streams import END, MAX_STREAMS, REVIVAL_DEADLINE_S, Stream, StreamingHandle, ready
+from afm_rl.errors import UserError
+from afm_rl.types import Answered, GenerationRequest, Group, Refused
+
+log = logging.getLogger(__name__)
+
+#: A sampler gets more once so much of its window is free: fewer, larger batches of requests.
+REFILL = 0.25
+
+
+class RequestsRefusedError(UserError):
+    """Some requests can never run; all others have been answered."""
+
+    def __init__(self, refused: Sequence[Refused], *, answered: int) -> None:
+        shown = "; ".join(one.reason for one in refused[:3]) + ("; ..." if len(refused) > 3 else "")
+        super().__init__(f"{len(refused)} of {len(refused) + answered} requests cannot run: {shown}")
+        self.refused = tuple(refused)
+
+
+class SamplersLostError(RuntimeError):
+    """No sampler is left to answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatchOptions:
+    """`window`: responses outstanding at a sampler, running and queued; `deadline_s`: without a finished group, until a
+    sampler is taken for frozen; `max_losses`: of one sampler, within one call."""
+
+    window: int = 320
+    deadline_s: float = 600.0
+    max_losses: int = 3
+
+
+@dataclass
+class _Open:
+    """A batch that a sampler works on; `waiting` maps indices in it to those of the requests."""
+
+    stream: Stream
+    waiting: dict[int, int]
+
+
+@dataclass
+class _Worker:
+    handle: StreamingHandle
+    open: list[_Open] = field(default_factory=list)
+    outstanding: int = 0  # responses
+    silent_s: float = 0.0  # for so long it was waited for since its last group, or since it was lost
+    losses: list[str] = field(default_factory=list)
+    reviving: Pending | None = None
+    gone: bool = False
+
+    @property
+    def works(self) -> bool:
+        return not self.gone and self.reviving is None
+
+
+Wait = Callable[[Sequence[Pending | Stream], float], list[Pending | Stream]]
+
+
+def generate(
+    samplers: Sequence[StreamingHandle],
+    requests: Sequence[GenerationRequest],
+    *,
+    policy: str,
+    options: DispatchOptions | None = None,
+    on_error: Literal["raise", "yield"] = "raise",
+) -> Iterator[Group | Refused]:
+    """The answers of `policy` as they are finished.
+
+    A request that can never run is yielded as `Refused` in its turn, or raised as RequestsRefusedError after all others.
+    Raises SamplersLostError when no sampler is left, and whatever a sampler raises.
+    """
+    return Dispatch(samplers, requests, policy=policy, options=options).as_finished(on_error)
+
+
+def generate_all(
+    samplers: Sequence[StreamingHandle],
+    requests: Sequence[GenerationRequest],
+    *,
+    policy: str,
+    options: DispatchOptions | None = None,
+) -> list[Group]:
+    """The answers in the order of the requests. Raises as `generate` does."""
+    return Dispatch(samplers, requests, policy=policy, options=options).in_order()
+
+
+class Dispatch:
+    """One call's bookkeeping. `wait` and `clock` are for tests."""
+
+    def __init__(
+        self,
+        samplers: Sequence[StreamingHandle],
+        requests: Sequence[GenerationRequest],
+        *,
+        policy: str,
+        options: DispatchOptions | None = None,
+        wait: Wait = ready,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._requests, self._policy, self._options = requests, policy, options or DispatchOptions()
+        self._workers = [_Worker(handle) for handle in samplers]
+        self._queue = deque(range(len(requests)))
+        self._wait, self._clock = wait, clock
+
+    def in_order(self) -> list[Group]:
+        """As `generate_all`."""
+        groups, refused = dict[int, Group](), list[Refused]()
+        for one in self.answers():
+            if isinstance(one.result, Group):
+                groups[one.index] = one.result
+            else:
+                refused.append(one.result)
+        if refused:
+            raise RequestsRefusedError(refused, answered=len(groups))
+        return [groups[index] for index in range(len(self._requests))]
+
+    def as_finished(self, on_error: Literal["raise", "yield"]) -> Iterator[Group | Refused]:
+        """As `generate`."""
+        refused = []
+        for one in self.answers():
+            if isinstance(one.result, Refused) and on_error == "raise":
+                refused.append(one.result)
+            else:
+                yield one.result
+        if refused:
+            raise RequestsRefusedError(refused, answered=len(self._requests) - len(refused))
+
+    def answers(self) -> Iterator[Answered]:
+        """Every request's answer, once, as it is finished; `index` is the request's."""
+        left = len(self._requests)
+        try:
+            while left:
+                self._issue()
+                self._require_worker(left)
+                for call in self._look():
+                    answer = self._take(call)
+                    if answer is not None:
+                        left -= 1
+                        yield answer
+        finally:
+            for worker in self._workers:
+                self._close(worker)
+
+    def _issue(self) -> None:
+        """Deal the head of the queue to whoever has the least to do, as far as the windows go."""
+        room, window = REFILL * self._options.window, self._options.window
+        takers = [w for w in self._workers if w.works and len(w.open) < MAX_STREAMS and w.outstanding <= window - room]
+        dealt: dict[int, list[int]] = {id(worker): [] for worker in takers}
+        refilled = list(takers)
+        while self._queue and takers:
+            responses = self._requests[self._queue[0]].num_responses
+            worker = min(takers, key=lambda w: w.outstanding)
+            if worker.outstanding and worker.outstanding + responses > window:
+                takers.remove(worker)
+                continue
+            dealt[id(worker)].append(self._queue.popleft())
+            worker.outstanding += responses
+        for worker in refilled:
+            if indices := dealt[id(worker)]:
+                stream = worker.handle.stream("answer", self._policy, [self._requests[i] for i in indices])
+                worker.open.append(_Open(stream, dict(enumerate(indices))))
+
+    def _look(self) -> list[Pending | Stream]:
+        """What can be read; a sampler's silence counts only while it is waited for."""
+        calls: list[Pending | Stream] = []
+        limit_s = math.inf
+        for worker in self._workers:
+            calls += [worker.reviving] if worker.reviving is not None else [one.stream for one in worker.open]
+            if worker.reviving is not None or worker.open:
+                limit_s = min(limit_s, self._patience_s(worker) - worker.silent_s)
+        began_s = self._clock()
+        found = self._wait(calls, max(0.0, limit_s))
+        waited_s = self._clock() - began_s
+        for worker in self._workers:
+            heard = worker.reviving in found or any(one.stream in found for one in worker.open)
+            worker.silent_s = 0.0 if heard else worker.silent_s + waited_s
+            if not heard and (worker.open or worker.reviving) and worker.silent_s >= self._patience_s(worker):
+                self._silent(worker)
+        return found
+
+    def _take(self, call: Pending | Stream) -> Answered | None:
+        """Read a call that is ready; what it answers, if it is an answer."""
+        for worker in self._workers:
+            if worker.reviving is call:
+                self._revived(worker)
+                return None
+            for one in worker.open:
+                if one.stream is call:
+                    return self._read(worker, one)
+        return None  # of a worker that was lost since
+
+    def _read(self, worker: _Worker, one: _Open) -> Answered | None:
+        try:
+            item = one.stream.next(self._options.deadline_s)
+        except ActorLostError as error:
+            self._lost(worker, str(error))
+            return None
+        except TimeoutError:
+            self._silent(worker)
+            return None
+        if item is END:
+            worker.open.remove(one)
+            if one.waiting:
+                ids = ", ".join(self._requests[i].id for i in one.waiting.values())
+                raise RuntimeError(f"{one.stream.what} ended without answers to {ids}")
+            return None
+        index = one.waiting.pop(item.index)
+        worker.outstanding -= self._requests[index].num_responses
+        return Answered(index, item.result)
+
+    def _silent(self, worker: _Worker) -> None:
+        if worker.reviving is not None:
+            worker.losses.append(f"did not return within {REVIVAL_DEADLINE_S:.0f} s")
+            worker.reviving, worker.gone = None, True
+            return
+        worker.handle.end()
+        self._lost(worker, f"finished no group for {self._options.deadline_s:g} s")
+
+    def _lost(self, worker: _Worker, cause: str) -> None:
+        """Take back what the sampler had not answered, and wait for its next life if it may have one."""
+        worker.losses.append(cause)
+        back = sorted(index for one in worker.open for index in one.waiting.values())
+        log.warning("%s was lost (%s); %d requests go to others", worker.handle.name, cause, len(back))
+        self._queue.extendleft(reversed(back))
+        self._close(worker)
+        worker.gone = len(worker.losses) > self._options.max_losses
+        worker.reviving = None if worker.gone else worker.handle.revive()
+
+    def _revived(self, worker: _Worker) -> None:
+        pending, worker.reviving = worker.reviving, None
+        assert pending is not None
+        try:
+            pending.result(REVIVAL_DEADLINE_S)
+        except ActorLostError as error:
+            worker.losses.append(str(error))
+            worker.gone = True
+
+    def _close(self, worker: _Worker) -> None:
+        for one in worker.open:
+            one.stream.close()
+        worker.open, worker.outstanding, worker.silent_s = [], 0, 0.0
+
+    def _patience_s(self, worker: _Worker) -> float:
+        return self._options.deadline_s if worker.reviving is None else REVIVAL_DEADLINE_S
+
+    def _require_worker(self, left: int) -> None:
+        if all(worker.gone for worker in self._workers):
+            causes = "; ".join(f"{w.handle.name}: {', then '.join(w.losses)}" for w in self._workers)
+            raise SamplersLostError(f"no sampler is left to answer {left} of {len(self._requests)} requests ({causes})")

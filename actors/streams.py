@@ -1,0 +1,193 @@
+"""Calls that answer item by item, and handles of actors that may die and come back: what samplers and the committee are.
+
+`handle.stream(method, ...)` starts a call of a generator method. `Stream.next` gives its next item within a time or raises;
+`items` iterates with one deadline between any two of them; `ready` says which of several calls can be read at once. Under
+Ray every stream of an actor has a thread there, calls have another one, and liveness a third: an actor that generates still
+takes weights and says how it does. Inline, an item is computed when it is asked for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from actors.host import (
+    DEFAULT_DEADLINE_S,
+    END,
+    ActorLostError,
+    ActorStats,
+    DeadlineError,
+    Handle,
+    InlineHandle,
+    Pending,
+    RayHandle,
+    RayPending,
+    actor_value,
+    call,
+    call_arguments,
+    gather,
+)
+
+#: Streams that an actor answers at a time; one more waits for the end of another.
+MAX_STREAMS = 8
+#: Ray's concurrency groups: a thread for each stream, one for liveness. Calls have the default one.
+STREAM_GROUP, ASIDE_GROUP = "stream", "aside"
+CONCURRENCY_GROUPS = {STREAM_GROUP: MAX_STREAMS, ASIDE_GROUP: 1}
+#: Seconds a busy machine may take to start a process anew and construct its role.
+REVIVAL_DEADLINE_S = 120.0
+
+
+class Stream(Protocol):
+    """A call under way that answers item by item."""
+
+    @property
+    def what(self) -> str:
+        """ACTOR.METHOD, for messages."""
+
+    def next(self, timeout_s: float) -> Any:
+        """The next item, or END; the role's exception, ActorLostError where its process is gone, or TimeoutError."""
+
+    def close(self) -> None:
+        """Nobody will read on: the actor may stop."""
+
+
+class StreamingHandle(Handle, Protocol):
+    """An actor whose answers can be read as they are finished, and which comes back when its process is lost."""
+
+    def stream(self, method: str, *args: Any, **kwargs: Any) -> Stream:
+        """Start a call of a method that is a generator."""
+
+    def end(self) -> None:
+        """Kill the actor's process, working or stopped; what it was doing is lost, and it starts anew."""
+
+    def revive(self) -> Pending:
+        """A call that ends once a lost actor answers again; ActorLostError where it never will."""
+
+
+def items(stream: Stream, *, deadline_s: float = DEFAULT_DEADLINE_S) -> Iterator[Any]:
+    """The items of a stream as they come. Raises DeadlineError naming which one was not there in time."""
+    try:
+        for number in itertools.count():
+            try:
+                item = stream.next(deadline_s)
+            except TimeoutError as error:
+                raise DeadlineError(f"waited {deadline_s:.0f} s for item {number} of {stream.what}") from error
+            if item is END:
+                return
+            yield item
+    finally:
+        stream.close()
+
+
+def call_again(handle: StreamingHandle, method: str, *args: Any, deadline_s: float = DEFAULT_DEADLINE_S) -> Any:
+    """A call that may be made twice, waited for: once more where its actor was lost over it, or before."""
+    try:
+        return call(handle, method, *args, deadline_s=deadline_s)
+    except ActorLostError:
+        gather([handle.revive()], deadline_s=REVIVAL_DEADLINE_S)
+        return call(handle, method, *args, deadline_s=deadline_s)
+
+
+def ready(calls: Sequence[Pending | Stream], timeout_s: float) -> list[Pending | Stream]:
+    """Those of the calls that can be read without waiting, as soon as one can; none when the time is over."""
+    here = [call for call in calls if not isinstance(call, RayPending | RayStream)]
+    refs = {call.ref: call for call in calls if isinstance(call, RayPending | RayStream)}
+    if not refs:
+        return here
+    import ray
+
+    ray.wait(list(refs), num_returns=1, timeout=0 if here else timeout_s, fetch_local=False)
+    return here + [refs[ref] for ref in ray.wait(list(refs), num_returns=len(refs), timeout=0, fetch_local=False)[0]]
+
+
+class InlineStreamingHandle(InlineHandle):
+    """The actor lives in this process. It cannot be lost; `end` constructs its role anew."""
+
+    def stream(self, method: str, *args: Any, **kwargs: Any) -> Stream:
+        return _InlineStream(f"{self.name}.{method}", self._host.stream(0, method, kwargs, *call_arguments(args)))
+
+    def end(self) -> None:
+        self._host = self._construct()
+
+    def revive(self) -> Pending:
+        return self.ping()
+
+
+class _InlineStream:
+    def __init__(self, what: str, iterator: Any) -> None:
+        self.what, self._iterator = what, iterator
+
+    def next(self, timeout_s: float) -> Any:  # noqa: ARG002 (the face of Stream; inline an item is computed here and now)
+        return next(self._iterator, END)
+
+    def close(self) -> None:
+        self._iterator.close()
+
+
+class RayStreamingHandle(RayHandle):
+    """The actor is a named Ray actor with CONCURRENCY_GROUPS that Ray restarts."""
+
+    def __init__(self, name: str, actor: Any) -> None:
+        super().__init__(name, actor)
+        self._numbers = itertools.count()
+
+    def stream(self, method: str, *args: Any, **kwargs: Any) -> Stream:
+        number, what = next(self._numbers), f"{self.name}.{method}"
+        call = self._actor.stream.options(num_returns="streaming", concurrency_group=STREAM_GROUP, name=what)
+        generator = call.remote(number, method, kwargs, *call_arguments(args))
+        return RayStream(what, generator, self._aside("end_stream"), number)
+
+    def ping(self) -> Pending:
+        return RayPending(f"the placement of {self.name}", self._aside("ping").remote())
+
+    def stats(self) -> ActorStats:
+        """What the actor did since it was last started."""
+        stats = self._aside("stats", max_task_retries=-1)
+        return RayPending(f"{self.name}.stats", stats.remote()).result(REVIVAL_DEADLINE_S)
+
+    def end(self) -> None:
+        import ray
+
+        ray.kill(self._actor, no_restart=False)
+
+    def revive(self) -> Pending:
+        # Retried for as long as the actor is on its way back; an error once Ray has given it up.
+        return RayPending(f"the return of {self.name}", self._aside("ping", max_task_retries=-1).remote())
+
+    def _aside(self, method: str, **options: Any) -> Any:
+        return getattr(self._actor, method).options(concurrency_group=ASIDE_GROUP, **options)
+
+
+class RayStream:
+    """A stream of a Ray actor. `ref` is Ray's generator of references."""
+
+    def __init__(self, what: str, ref: Any, end: Any, number: int) -> None:
+        self.what, self.ref = what, ref
+        self._end, self._number = end, number
+        self._over = False
+
+    def next(self, timeout_s: float) -> Any:
+        import ray
+
+        end_s = time.monotonic() + timeout_s
+        if not ray.wait([self.ref], timeout=timeout_s, fetch_local=False)[0]:
+            raise TimeoutError(f"{self.what} has not gone on")
+        try:
+            ref = next(self.ref)
+        except StopIteration:
+            self._over = True
+            return END
+        try:
+            return actor_value(self.what, ref, max(0.0, end_s - time.monotonic()))
+        except TimeoutError:
+            raise
+        except Exception:
+            self._over = True
+            raise
+
+    def close(self) -> None:
+        if not self._over:
+            self._over = True
+            self._end.remote(self._number)

@@ -1,0 +1,89 @@
+"""The samplers, or the committee, as stages use them: give them weights, ask them, and log what their engines did.
+
+Whatever is asked goes through `actors/dispatch.py`; an answer from other weights than those given last is an error, so that
+nothing is ever trained or measured on the wrong policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from actors.dispatch import DispatchOptions, generate_all
+from actors.engine_use import EngineUse
+from actors.host import Handle, call
+from actors.metrics import ENGINE_STAGE, Metrics
+from actors.sampler import PolicySpec
+from actors.streams import StreamingHandle, call_again
+from actors.weights import WeightsOutOfSyncError, deliver
+from afm_rl.types import GenerationRequest, Group
+from topologies.actor_options import Generating
+
+#: More of the responses that fit an engine's batch are given to it, so that a free row finds its next response waiting.
+QUEUED = 0.25
+
+Looks = Sequence[EngineUse]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the actors were given last."""
+
+    policy: str
+    version: int
+    digest: str
+
+
+class Generators:
+    """The actors of one role."""
+
+    def __init__(self, handles: Sequence[StreamingHandle], store: Handle, options: Generating) -> None:
+        self._handles, self._store = handles, store
+        self._dispatch = DispatchOptions(
+            window=options.max_batch + round(QUEUED * options.max_batch),
+            deadline_s=options.group_deadline_s,
+            max_losses=options.max_restarts,
+        )
+        self._given: dict[str, Given] = {}
+
+    def give(self, policy: str, version: int, spec: PolicySpec, *, digest: str, beside: Sequence[str] = ()) -> None:
+        """Bring the store's weights of a policy to every actor, instead of all that it held but `beside`."""
+        deliver(self._store, self._handles, policy, spec, digest=digest, beside=beside)
+        kept = {name: given for name, given in self._given.items() if name in beside}
+        self._given = {**kept, policy: Given(policy, version, digest)}
+
+    def hold(self, policy: str, digest: str) -> bool:
+        """Whether these weights were given and not replaced since."""
+        return policy in self._given and self._given[policy].digest == digest
+
+    def free(self) -> None:
+        """Let go of every policy."""
+        call(self._store, "release", [handle.name for handle in self._handles])
+        for handle in self._handles:
+            call_again(handle, "keep_only", [])
+        self._given = {}
+
+    def answer(self, policy: str, requests: Sequence[GenerationRequest]) -> list[Group]:
+        """The answers of a policy given before, in order. Raises as `generate` does, and WeightsOutOfSyncError."""
+        given = self._given[policy]
+        groups = generate_all(self._handles, requests, policy=policy, options=self._dispatch)
+        for group in groups:
+            if (group.policy, group.version) != (policy, given.version):
+                raise WeightsOutOfSyncError(
+                    f"request {group.id!r} was answered by {group.policy!r} version {group.version} instead of "
+                    f"{policy!r} version {given.version}"
+                )
+        return groups
+
+    def look(self) -> Looks:
+        """What every engine did so far."""
+        return [call_again(handle, "use") for handle in self._handles]
+
+    def log(self, metrics: Metrics, since: Looks, *, task: str, step: int) -> dict[str, float]:
+        """Log what each actor did since a look, as TASK/ACTOR of the stage "engine"; the same of all together, or {}."""
+        spans = [now.since(before) for before, now in zip(since, self.look(), strict=True)]
+        for handle, span in zip(self._handles, spans, strict=True):
+            if span.steps:
+                metrics.log(stage=ENGINE_STAGE, task=f"{task}/{handle.name}", step=step, values=span.metrics())
+        together = sum(spans, EngineUse())
+        return together.metrics() if together.steps else {}

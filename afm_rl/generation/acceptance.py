@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from afm_rl.generation.paged_cache import Array
 from afm_rl.generation.processors import adjusted, cut
 from afm_rl.generation.sampling import draw_full, draw_plain, scaled, select, uniforms
 from afm_rl.generation.sampling_rows import FullRows
@@ -30,16 +31,16 @@ GUESS, KEEP, REPLACE = 1, 2, 3
 class Guesses(NamedTuple):
     """Tokens guessed to follow: the first `count_R` of each row, at most K."""
 
-    token_RK: jax.Array  # int32
-    count_R: jax.Array  # int32
+    token_RK: Array  # int32
+    count_R: Array  # int32
 
 
 class Stream(NamedTuple):
     """Where each row is in its random stream: token `index` of response `response` under `seed` comes next."""
 
-    seed_R: jax.Array  # uint32
-    response_R: jax.Array
-    index_R: jax.Array
+    seed_R: Array  # uint32
+    response_R: Array
+    index_R: Array
 
 
 class Kept(NamedTuple):
@@ -70,7 +71,7 @@ def keep_equal_full(logits_RJV: jax.Array, guesses: Guesses, stream: Stream, row
     """As `keep_equal_plain`, under all that `rows` ask for. `seen_RV`: tokens held before the first guess."""
     R, J, V = logits_RJV.shape
     flat = _flat(rows, guesses, stream, seen_RV, J)
-    token, logp, ids, logps = draw_full(logits_RJV.reshape(-1, V), flat.rows, _each(stream, J), flat.seen, flat.index)
+    token, logp, ids, logps = draw_full(logits_RJV.reshape(-1, V), flat.rows, _each(stream, J), flat.seen_RV, flat.index_R)
     return Drawn(
         _while_equal(token.reshape(R, J), guesses), logp.reshape(R, J), ids.reshape(R, J, -1), logps.reshape(R, J, -1)
     )
@@ -112,7 +113,9 @@ def target_full(logits_RJV: jax.Array, guesses: Guesses, stream: Stream, rows: F
     """The target's distribution at each position, given the guesses before it, [R, J, V]."""
     R, J, V = logits_RJV.shape
     flat = _flat(rows, guesses, stream, seen_RV, J)
-    return distribution_full(logits_RJV.reshape(-1, V), flat.rows, seen_RV=flat.seen, index_R=flat.index).reshape(R, J, V)
+    return distribution_full(logits_RJV.reshape(-1, V), flat.rows, seen_RV=flat.seen_RV, index_R=flat.index_R).reshape(
+        R, J, V
+    )
 
 
 def draw(p_RV: jax.Array, u_R: jax.Array) -> jax.Array:
@@ -145,8 +148,8 @@ class _Flat(NamedTuple):
     """Rows x positions as rows of their own."""
 
     rows: FullRows
-    seen: jax.Array
-    index: jax.Array
+    seen_RV: jax.Array
+    index_R: jax.Array
 
 
 def _flat(rows: FullRows, guesses: Guesses, stream: Stream, seen_RV: jax.Array, J: int) -> _Flat:

@@ -31,7 +31,9 @@ from afm_rl.generation.cpu_memory import (
 )
 
 #: For functions that compiled kernels are made of: part of the caller, never called from Python.
-compiled = partial(numba.njit, forceinline=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False)
+compiled = partial(
+    numba.njit, forceinline=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False
+)
 
 #: A context's first words: who holds it, the next item, how many items are done, how many there are, and how many
 #: threads may work on them. A kernel's own words follow.

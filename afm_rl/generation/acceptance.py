@@ -71,7 +71,7 @@ def keep_equal_full(logits_RJV: jax.Array, guesses: Guesses, stream: Stream, row
     """As `keep_equal_plain`, under all that `rows` ask for. `seen_RV`: tokens held before the first guess."""
     R, J, V = logits_RJV.shape
     flat = _flat(rows, guesses, stream, seen_RV, J)
-    token, logp, ids, logps = draw_full(logits_RJV.reshape(-1, V), flat.rows, _each(stream, J), flat.seen_RV, flat.index_R)
+    token, logp, ids, logps = draw_full(logits_RJV.reshape(-1, V), flat.rows, _each(stream, J), flat.seen_NV, flat.index_N)
     return Drawn(
         _while_equal(token.reshape(R, J), guesses), logp.reshape(R, J), ids.reshape(R, J, -1), logps.reshape(R, J, -1)
     )
@@ -113,7 +113,7 @@ def target_full(logits_RJV: jax.Array, guesses: Guesses, stream: Stream, rows: F
     """The target's distribution at each position, given the guesses before it, [R, J, V]."""
     R, J, V = logits_RJV.shape
     flat = _flat(rows, guesses, stream, seen_RV, J)
-    return distribution_full(logits_RJV.reshape(-1, V), flat.rows, seen_RV=flat.seen_RV, index_R=flat.index_R).reshape(
+    return distribution_full(logits_RJV.reshape(-1, V), flat.rows, seen_RV=flat.seen_NV, index_R=flat.index_N).reshape(
         R, J, V
     )
 
@@ -145,11 +145,11 @@ def propose_ngram(tokens: Sequence[int] | np.ndarray, *, k: int, max_ngram: int 
 
 
 class _Flat(NamedTuple):
-    """Rows x positions as rows of their own."""
+    """N = R J rows of their own, one of each position."""
 
     rows: FullRows
-    seen_RV: jax.Array
-    index_R: jax.Array
+    seen_NV: jax.Array
+    index_N: jax.Array
 
 
 def _flat(rows: FullRows, guesses: Guesses, stream: Stream, seen_RV: jax.Array, J: int) -> _Flat:

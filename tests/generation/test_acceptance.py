@@ -54,8 +54,8 @@ def _seen(text_RT: jax.Array, length_R: jax.Array) -> jax.Array:
 
 def _speculate(options: SamplingOptions, temperature: float, seeds: int = SEEDS) -> np.ndarray:
     """LENGTH tokens of every seed by steps of K sampled guesses, [seeds, LENGTH]."""
-    one = jax.tree.map(jnp.asarray, full_rows([options], [temperature], [ENDS]))
-    return np.asarray(_speculated(one, jnp.arange(seeds, dtype=jnp.uint32), plain=options is PLAIN))
+    one = full_rows([options], [temperature], [ENDS])
+    return np.asarray(_speculated(one, np.arange(seeds, dtype=np.uint32), plain=options is PLAIN))
 
 
 @partial(jax.jit, static_argnames=("plain",))
@@ -155,15 +155,15 @@ def test_a_draft_equal_to_the_target_is_always_kept() -> None:
     """p / q = 1: every guess is kept; and one of disjoint support never is."""
     rng = np.random.default_rng(0)
     R, keep = 500, jax.jit(keep_sampled)
-    p_RJV = jax.nn.softmax(jnp.asarray(rng.normal(size=(R, K + 1, V)), jnp.float32))
-    stream = Stream(jnp.arange(R, dtype=jnp.uint32), jnp.zeros(R, int), jnp.zeros(R, int))
-    guesses = Guesses(jnp.asarray(rng.integers(V, size=(R, K))), jnp.full(R, K))
-    assert (keep(p_RJV, p_RJV[:, :K], guesses, stream).count_R == K).all()
-    impossible_RJV = p_RJV.at[..., 0].set(0.0)
-    only_RKV = jnp.zeros((R, K, V)).at[..., 0].set(1.0)
-    kept = keep(impossible_RJV, only_RKV, Guesses(jnp.zeros((R, K), int), jnp.full(R, K)), stream)
-    assert (kept.count_R == 0).all()
-    assert (kept.token_RJ[:, 0] > 0).all()
+    p_RJV = rng.dirichlet(np.ones(V), size=(R, K + 1)).astype(np.float32)
+    stream = Stream(np.arange(R, dtype=np.uint32), np.zeros(R, np.int32), np.zeros(R, np.int32))
+    guesses = Guesses(rng.integers(V, size=(R, K)).astype(np.int32), np.full(R, K, np.int32))
+    assert (np.asarray(keep(p_RJV, p_RJV[:, :K], guesses, stream).count_R) == K).all()
+    p_RJV[..., 0] = 0.0
+    only_RKV = np.broadcast_to(np.eye(V, dtype=np.float32)[0], (R, K, V))
+    kept = keep(p_RJV, only_RKV, guesses._replace(token_RK=np.zeros((R, K), np.int32)), stream)
+    assert (np.asarray(kept.count_R) == 0).all()
+    assert (np.asarray(kept.token_RJ)[:, 0] > 0).all()
 
 
 def _plainly(options: SamplingOptions, temperature_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -202,16 +202,15 @@ def test_guesses_that_must_equal_give_the_tokens_of_plain_decoding(options: Samp
     wrong_RK = rng.random(right_RK.shape) < 0.3
     guess_RK = np.where(wrong_RK, (right_RK + 1) % V, right_RK)
     count_R = rng.integers(LENGTH, size=R)
-    guesses = Guesses(jnp.asarray(guess_RK), jnp.asarray(count_R))
+    guesses = Guesses(guess_RK.astype(np.int32), count_R.astype(np.int32))
     guessed_RT = np.concatenate([np.zeros((R, 2), int), guess_RK], 1)
-    logits_RJV = jnp.asarray(TARGET)[guessed_RT[:, :-1], guessed_RT[:, 1:]]
-    seed_R = jnp.arange(R, dtype=jnp.uint32)
-    stream = Stream(seed_R, seed_R * 0, jnp.zeros(R, int))
+    logits_RJV = TARGET[guessed_RT[:, :-1], guessed_RT[:, 1:]]
+    stream = Stream(np.arange(R, dtype=np.uint32), np.zeros(R, np.int32), np.zeros(R, np.int32))
     if options is PLAIN:
-        drawn = jax.jit(keep_equal_plain)(logits_RJV, guesses, stream, jnp.asarray(temperature_R))
+        drawn = jax.jit(keep_equal_plain)(logits_RJV, guesses, stream, temperature_R)
     else:
         rows = full_rows([options] * R, temperature_R.tolist(), [ENDS] * R)
-        drawn = jax.jit(keep_equal_full)(logits_RJV, guesses, stream, rows, jnp.tile(jnp.arange(V) == 0, (R, 1)))
+        drawn = jax.jit(keep_equal_full)(logits_RJV, guesses, stream, rows, np.tile(np.arange(V) == 0, (R, 1)))
     kept, logp_RJ = Kept(*map(np.asarray, drawn.kept)), np.asarray(drawn.logp_RJ)
     for r in range(R):
         expected = next((k for k in range(count_R[r]) if wrong_RK[r, k]), count_R[r])

@@ -80,20 +80,19 @@ def ours(folder: Path, dtype: str, *, deterministic: bool = False) -> Contestant
 
 
 def peers(folder: Path, formats: Sequence[str], args: argparse.Namespace) -> dict[str, Contestant]:
-    """Every variant of the peers whose interpreters are given."""
-    found = {}
-    if args.torch_python:
-        for dtype in DTYPES:
-            for cache in CACHES:
-                job = {"model": str(folder), "dtype": dtype, "cache": cache, "threads": THREADS}
-                command = [args.torch_python, str(HERE / "peers" / "generate_transformers.py"), json.dumps(job)]
-                found[f"transformers {dtype} {cache}"] = Contestant(command, dict(os.environ))
-    if args.llamacpp_python:
-        for name in formats:
-            job = {"model": str(folder / "gguf" / f"{name}.gguf"), "threads": THREADS}
-            command = [args.llamacpp_python, str(HERE / "peers" / "generate_llamacpp.py"), json.dumps(job)]
-            found[f"llama.cpp {name}"] = Contestant(command, dict(os.environ))
-    return found
+    """Every variant of the peers whose interpreters are given and whose names `--peers` admits."""
+    commands = {}
+    for dtype in DTYPES if args.torch_python else ():
+        for cache in CACHES:
+            job = {"model": str(folder), "dtype": dtype, "cache": cache, "threads": THREADS}
+            script = HERE / "peers" / "generate_transformers.py"
+            commands[f"transformers {dtype} {cache}"] = [args.torch_python, str(script), json.dumps(job)]
+    for name in formats if args.llamacpp_python else ():
+        job = {"model": str(folder / "gguf" / f"{name}.gguf"), "threads": THREADS}
+        script = HERE / "peers" / "generate_llamacpp.py"
+        commands[f"llama.cpp {name}"] = [args.llamacpp_python, str(script), json.dumps(job)]
+    admitted = {name: command for name, command in commands.items() if name.startswith(tuple(args.peers))}
+    return {name: Contestant(command, dict(os.environ)) for name, command in admitted.items()}
 
 
 @contextmanager
@@ -308,6 +307,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--llamacpp-python", metavar="PATH", help="an interpreter that has llama-cpp-python, gguf, numpy")
     parser.add_argument("--only", type=lambda text: text.split(","), default=parts, help=",".join(parts))
     parser.add_argument("--sizes", type=lambda text: text.split(","), default=list(SHAPES), help=",".join(SHAPES))
+    names = "how the peers' names may begin, such as: transformers bfloat16,llama.cpp"
+    parser.add_argument("--peers", type=lambda text: text.split(","), default=["transformers", "llama.cpp"], help=names)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2, help="rounds that compile and are not counted")
     parser.add_argument("--models", metavar="FOLDER", help="where the models are written, and found the next time")

@@ -18,12 +18,21 @@ import numpy as np
 from workload import Workload, make_prompts, serve
 
 BATCH_TOKENS = 4096
+LOG_ERROR = 4
+
+
+@llama.llama_log_callback
+def log_errors(level: int, text: bytes, _: Any) -> None:
+    """llama.cpp reports every step of its own; only what went wrong is passed on."""
+    if level == LOG_ERROR:
+        sys.stderr.write(text.decode(errors="replace"))
 
 
 class Engine:
-    """One model; its context is made anew whenever the number of sequences or their length changes."""
+    """One model, and a context (a cache) for every number of sequences and length that was asked for."""
 
     def __init__(self, path: str, threads: int) -> None:
+        llama.llama_log_set(log_errors, None)
         llama.llama_backend_init()
         self.model = llama.llama_model_load_from_file(path.encode(), llama.llama_model_default_params())
         if not self.model:
@@ -37,21 +46,18 @@ class Engine:
         self.sampler = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
         llama.llama_sampler_chain_add(self.sampler, llama.llama_sampler_init_temp(1.0))
         llama.llama_sampler_chain_add(self.sampler, llama.llama_sampler_init_dist(0))
-        self.context: Any = None
-        self.shape = (0, 0)
+        self.contexts: dict[tuple[int, int], Any] = {}
 
     def prepare(self, sequences: int, length: int) -> None:
         """An empty cache for so many sequences of so many tokens."""
-        if self.shape != (sequences, length):
-            if self.context:
-                llama.llama_free(self.context)
+        if (sequences, length) not in self.contexts:
             options = llama.llama_context_default_params()
             options.n_ctx, options.n_seq_max = sequences * length, sequences
             options.n_batch, options.n_ubatch = BATCH_TOKENS, 512
             options.n_threads = options.n_threads_batch = self.threads
             options.kv_unified = False
-            self.context = llama.llama_init_from_model(self.model, options)
-            self.shape = (sequences, length)
+            self.contexts[sequences, length] = llama.llama_init_from_model(self.model, options)
+        self.context = self.contexts[sequences, length]
         self.memory = llama.llama_get_memory(self.context)
         llama.llama_memory_clear(self.memory, True)
 

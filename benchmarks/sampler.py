@@ -134,6 +134,7 @@ def race(everyone: Contestants, workloads: Mapping[str, Row], args: argparse.Nam
         for part, workload in workloads.items():
             for name, contestant in everyone.items():
                 result = contestant.measure({"generate": {**workload, "seed": seed}})
+                print(f"round {seed} {part} {name}: {result['seconds'][0]:.2f} s", file=sys.stderr, flush=True)
                 if seed >= args.warmup:
                     results[part][name].append(result)
     return results
@@ -141,6 +142,10 @@ def race(everyone: Contestants, workloads: Mapping[str, Row], args: argparse.Nam
 
 def median(results: Sequence[Row], field: str = "seconds") -> float:
     return statistics.median(value for result in results for value in np.atleast_1d(result[field]))
+
+
+def least(results: Sequence[Row]) -> float:
+    return min(second for result in results for second in result["seconds"])
 
 
 def measure_uniform(folder: Path, size: str, args: argparse.Namespace) -> Iterator[Row]:
@@ -152,16 +157,16 @@ def measure_uniform(folder: Path, size: str, args: argparse.Namespace) -> Iterat
         yield from agreement(everyone, size)
         results = race(everyone, {part: UNIFORM[part] for part in parts}, args)
         machine = everyone["afm-rl float32"].run({"machine": MAX_BATCH})
-        single = everyone["afm-rl float32"].run({"machine": 1})
     for part in parts:
         speeds = {name: counted_tokens(UNIFORM[part]) / median(found) for name, found in results[part].items()}
-        yield from speed_rows(f"{part} {size}", speeds, GOALS[part])
+        fastest = {name: counted_tokens(UNIFORM[part]) / least(found) for name, found in results[part].items()}
+        for row in speed_rows(f"{part} {size}", speeds, GOALS[part]):
+            yield row | ({"fastest": round(fastest[row["name"]], 1)} if row["name"] in fastest else {})
         others = statistics.median(median(found, "others") for found in results[part].values())
         yield {"part": f"{part} {size}", "name": "cores that other processes used", "value": round(others, 2), "unit": ""}
         yield from counted_rows(part, size, results[part])
         for dtype in DTYPES:
-            peak = single if UNIFORM[part]["prompts"] * UNIFORM[part]["responses"] == 1 else machine
-            yield limit_row(part, size, dtype, median(results[part][f"afm-rl {dtype}"]), peak)
+            yield limit_row(part, size, dtype, median(results[part][f"afm-rl {dtype}"]), machine)
 
 
 def counted_tokens(workload: Row) -> int:
@@ -330,7 +335,8 @@ def main() -> None:
         for row in measure(Path(args.models or temporary), args):
             everything.append(row)
             against = "".join(f"  {ratio}x {name}" for name, ratio in row.get("ratios", {}).items())
-            print(f"{row['part']:<15} {row['name']:<42} {row['value']:>10} {row['unit']}{against}", flush=True)
+            fastest = f" (fastest {row['fastest']})" if "fastest" in row else ""
+            print(f"{row['part']:<15} {row['name']:<42} {row['value']:>10} {row['unit']}{fastest}{against}", flush=True)
             if args.json:
                 Path(args.json).write_text(json.dumps(everything, indent=1) + "\n")
 

@@ -23,19 +23,26 @@ from peers.workload import Workload, make_prompts, serve
 from afm_rl.compute import Compute
 from afm_rl.config import ModelConfig
 from afm_rl.generate import Generator
+from afm_rl.generation.options import EngineOptions
 from afm_rl.huggingface import load_params
 from afm_rl.model import forward, logits
 from afm_rl.types import GenerationRequest, Group, SamplingOptions
 
+#: Enough for every workload: nothing has to give up its pages.
+KV_CACHE_BYTES = 2**30
 #: Bytes of the array whose reading measures the memory: far beyond any cache.
 READ_BYTES = 2**29
 
 
 def build(config: ModelConfig, job: dict[str, Any]) -> Generator:
     """The engine under test; no end token."""
-    if job["deterministic"]:
-        raise ValueError("this engine has no deterministic mode")
-    return Generator(config, stop_ids=(), max_batch=job["max_batch"], compute_dtype=job["dtype"])
+    options = EngineOptions(
+        max_batch=job["max_batch"],
+        compute_dtype=job["dtype"],
+        deterministic=job["deterministic"],
+        kv_cache_bytes=KV_CACHE_BYTES,
+    )
+    return Generator(config, stop_ids=(), options=options)
 
 
 def requests_of(workload: Workload, config: ModelConfig) -> list[GenerationRequest]:

@@ -27,12 +27,26 @@ from afm_rl.generation.pages import PagePool
 from afm_rl.generation.programs import Decoded
 from afm_rl.generation.results import group_of, take_tokens
 from afm_rl.generation.runner import Runner
-from afm_rl.generation.scheduler import Scheduler, tokens_to_fill
+from afm_rl.generation.scheduler import Scheduler, Work, tokens_to_fill
 from afm_rl.generation.sequences import Job, PromptScores, Response
+from afm_rl.generation.speculation import Speculator
 from afm_rl.types import GenerationRequest, Group
 
 #: Rows that end before the batch is looked at again, as a share of it: each look costs about a millisecond.
 _LEAVING_SHARE = 16
+
+
+#: What is counted.
+_COUNTS = (
+    "prompt_tokens",
+    "response_tokens",
+    "steps",
+    "row_steps",
+    "occupied_row_steps",
+    "guessed_tokens",
+    "kept_tokens",
+    "verified_rows",
+)
 
 
 class NoWeightsError(RuntimeError):
@@ -44,7 +58,8 @@ class GeneratorStats:
     """Counters since construction, and the present state.
 
     `prompt_tokens` were computed, `cached_prompt_tokens` found in the cache. Every decoding step of a batch adds its size to
-    `row_steps` and its working rows to `occupied_row_steps`.
+    `row_steps` and its working rows to `occupied_row_steps`. `kept_tokens` of `guessed_tokens` were kept (speculation), over
+    `verified_rows` passes of a row, each of which also gives one token of the target's own.
     """
 
     prompt_tokens: int = 0
@@ -59,6 +74,9 @@ class GeneratorStats:
     waiting: int = 0
     pages: int = 0
     free_pages: int = 0
+    guessed_tokens: int = 0
+    kept_tokens: int = 0
+    verified_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,7 +119,11 @@ class Generator:
         self._pending: _Update | None = None
         self._unclaimed: list[Group] = []
         self._loads, self._adapter_loads = 0, 0
-        self._counts = dict.fromkeys(("prompt_tokens", "response_tokens", "steps", "row_steps", "occupied_row_steps"), 0)
+        self._counts = dict.fromkeys(_COUNTS, 0)
+        self._draft: Runner | None = None
+        self._speculator: Speculator | None = None
+        if self.options.speculative is not None and self.options.speculative.kind == "ngram":
+            self._speculator = Speculator(self.options.speculative, runner, None)
 
     @property
     def stats(self) -> GeneratorStats:
@@ -111,7 +133,7 @@ class Generator:
             **self._counts,
             cached_prompt_tokens=scheduler.cached_tokens,
             preemptions=scheduler.preemptions,
-            compiled_programs=self._runner.compiled_programs,
+            compiled_programs=sum({runner.static: runner.compiled_programs for runner in self._runners}.values()),
             running=len(scheduler.rows),
             waiting=scheduler.waiting,
             pages=pool.pages,
@@ -139,6 +161,28 @@ class Generator:
         self._pending = _Update(base, policy, version)
         self._update()
 
+    def load_draft(self, params: Mapping[str, Any], config: ModelConfig) -> None:
+        """The model that guesses, for `speculative: draft`. Raises ValueError for one with another vocabulary."""
+        options = self.options.speculative
+        if options is None or options.kind != "draft":
+            raise ValueError("this engine does not speculate with a draft model: set speculative to kind draft")
+        if config.vocab_size != self.config.vocab_size:
+            sizes = f"{config.vocab_size} tokens, the policy {self.config.vocab_size}"
+            raise ValueError(f"the draft model knows {sizes}: it must have the policy's tokenizer")
+        if self._jobs:
+            raise ValueError(f"a draft model is loaded while nothing runs; {len(self._jobs)} requests are unfinished")
+        base = prepare(dict(params), config, jnp.dtype(self.options.compute_dtype))
+        if not bool(_all_finite(base)):
+            raise ValueError("the draft model holds values that are not finite")
+        self._scheduler.pool = PagePool(self._runner.pages, self.options.page_size)  # the draft has no known prefixes yet
+        self._draft = Runner(config, self.options, max_context=self.max_context, pages=self._runner.pages)
+        self._draft.weights = EngineWeights(base)
+        self._speculator = Speculator(options, self._runner, self._draft)
+
+    @property
+    def _runners(self) -> list[Runner]:
+        return [self._runner, *([self._draft] if self._draft is not None else [])]
+
     def load_adapter(self, name: str, lora: Mapping[str, Any], *, alpha: float, rank: int) -> None:
         """Hold a LoRA adapter for requests that name it.
 
@@ -165,7 +209,8 @@ class Generator:
         """Give the cache's memory, and the prefixes in it, back until the next request. Only while nothing runs."""
         if self._jobs:
             raise RuntimeError(f"an engine cannot rest: {len(self._jobs)} requests are unfinished")
-        self._runner.rest()
+        for runner in self._runners:
+            runner.rest()
         self._scheduler.pool = PagePool(self._runner.pages, self.options.page_size)
 
     def submit(self, request: GenerationRequest) -> None:
@@ -217,6 +262,8 @@ class Generator:
     def _check(self, request: GenerationRequest) -> None:
         if self.version < 0 and self._pending is None:
             raise NoWeightsError("no weights loaded: call load() before generate()")
+        if self.options.speculative is not None and self._speculator is None:
+            raise NoWeightsError("no draft model loaded: call load_draft() before generate()")
         ids = self._stop_ids(request)
         check_request(request, self._limits, stop_ids=ids, adapters=self.adapters, has_text=self._text is not None)
 
@@ -246,23 +293,26 @@ class Generator:
         self._update()
         if not self._jobs:
             return []
-        self._runner.wake()
+        for runner in self._runners:
+            runner.wake()
         options, scheduler = self.options, self._scheduler
         together = options.deterministic
         work = scheduler.schedule(
             budget=self._runner.plan.prefill[-1] if together else options.prefill_chunk,
-            steps=1 if together else options.decode_steps,
+            steps=1 if together else options.speculative.tokens + 1 if options.speculative else options.decode_steps,
             weights=f"{self.policy}/{self.version}/{self._loads}",
             version=self.version,
             together=together,
         )
-        self._runner.copy(work.copies)
+        for runner in self._runners:
+            runner.copy(work.copies)
         if together:
             decoded = self._runner.step_together(work.pieces, work.rows)
         else:
             self._runner.fill(work.pieces)
-            leave_at = max(1, len(work.rows) // _LEAVING_SHARE) if scheduler.waiting else max(1, len(work.rows) // 2)
-            decoded = self._runner.decode(work.rows, steps=work.steps, leave_at=leave_at) if work.rows else None
+            if self._draft is not None:
+                self._draft.fill(work.pieces, scores=False)
+            decoded = self._decode(work) if work.rows else None
         self._counts["steps"] += 1
         self._counts["prompt_tokens"] += tokens_to_fill(work.pieces)
         for piece in work.pieces:
@@ -270,6 +320,18 @@ class Generator:
         for job in work.answered:
             del self._jobs[job.arrival]
         return work.answered + (self._take(work.rows, decoded) if decoded is not None else [])
+
+    def _decode(self, work: Work) -> Decoded:
+        """The rows' next tokens, by guesses and their verification where there is any guess."""
+        if self._speculator is not None and (verified := self._speculator.step(work.rows, steps=work.steps)) is not None:
+            self._counts["guessed_tokens"] += verified.guessed
+            self._counts["kept_tokens"] += verified.kept
+            self._counts["verified_rows"] += len(work.rows)
+            return verified.decoded
+        rows = len(work.rows)
+        leave_at = max(1, rows // _LEAVING_SHARE if self._scheduler.waiting else rows // 2)
+        steps = min(work.steps, self.options.decode_steps)
+        return self._runner.decode(work.rows, steps=steps, leave_at=leave_at)
 
     def _take(self, rows: Sequence[Response], decoded: Decoded) -> list[Job]:
         """Give the rows their tokens; rows that ended leave. The jobs that ended with them."""

@@ -49,6 +49,11 @@ class Static:
 _TRACED: Counter[tuple[Static, str]] = Counter()
 
 
+def traced(static: Static, program: str) -> None:
+    """Called by a program while it is traced."""
+    _TRACED[static, program] += 1
+
+
 class RowInputs(NamedTuple):
     """What the decoding of R rows must know; a padding row has position -1."""
 
@@ -109,7 +114,7 @@ def prefill(
     weights: EngineWeights, cache: PagedCache, tokens: FlatTokens, adapter_R: jax.Array, static: Static
 ) -> PagedCache:
     """Fill the pages of N tokens."""
-    _TRACED[static, "prefill"] += 1
+    traced(static, "prefill")
     return flat_forward(weights, cache, tokens, adapter_R, static)[1]
 
 
@@ -118,7 +123,7 @@ def score(
     weights: EngineWeights, cache: PagedCache, tokens: FlatTokens, adapter_R: jax.Array, static: Static
 ) -> tuple[jax.Array, PagedCache]:
     """As `prefill`, and what the model says after every one of the tokens: float32 logits_NV."""
-    _TRACED[static, "score"] += 1
+    traced(static, "score")
     hidden_ND, cache = flat_forward(weights, cache, tokens, adapter_R, static)
     return logits(weights.base, hidden_ND, static.config), cache
 
@@ -140,7 +145,7 @@ def decode(
 
     `full` and `seen_RV` (tokens that the prompt or the response holds) where a row asks for more than a temperature.
     """
-    _TRACED[static, "decode"] += 1
+    traced(static, "decode")
     R = rows.token_R.shape[0]
     top = MAX_TOP if full is not None else 0
     born_done_R = rows.position_R < 0
@@ -185,7 +190,7 @@ def draw(
     logits_RV: jax.Array, rows: RowInputs, full: FullRows | None, seen_RV: jax.Array | None, *, static: Static
 ) -> Decoded:
     """One token of every row from its logits: the sampling half of one decoding step, as a program of its own."""
-    _TRACED[static, "draw"] += 1
+    traced(static, "draw")
     token_R, logp_R, ids_RN, logps_RN = _draw(logits_RV, rows, full, seen_RV, jnp.int32(0))
     stopped_R = (token_R[:, None] == rows.stop_RE).any(-1)
     count_R = (rows.position_R >= 0).astype(jnp.int32)
@@ -197,7 +202,7 @@ def prompt_scores(
     logits_NV: jax.Array, next_N: jax.Array, top: jax.Array, *, static: Static
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probability of the token after each position, at temperature 1, and the `top` best: [N], [N, n], [N, n]."""
-    _TRACED[static, "prompt_scores"] += 1
+    traced(static, "prompt_scores")
     N = logits_NV.shape[0]
     return scores(logits_NV, jnp.ones(N), next_N, top_R=jnp.full(N, top))
 
@@ -205,7 +210,7 @@ def prompt_scores(
 @partial(jax.jit, static_argnames=("static",), donate_argnames=("cache",))
 def copy_pages(cache: PagedCache, source_C: jax.Array, target_C: jax.Array, *, static: Static) -> PagedCache:
     """Copy pages over all layers; padding copies page 0 onto itself."""
-    _TRACED[static, "copy_pages"] += 1
+    traced(static, "copy_pages")
     return PagedCache(*(pool.at[:, target_C].set(pool[:, source_C]) for pool in cache))
 
 
@@ -227,12 +232,17 @@ class ShapePlan:
 
     prefill: tuple[int, ...]
     decode: tuple[int, ...]
+    speculation: str | None = None
 
     @property
     def programs(self) -> int:
         """At most so many programs: each size of filling with and without logits (and what is read off these, and drawn
-        from them plainly or in full), each size of decoding plainly or in full, and the copies."""
-        return 5 * len(self.prefill) + 2 * len(self.decode) + 1
+        from them plainly or in full), each size of decoding plainly or in full, and the copies. Speculation adds, for each
+        size of decoding, a pass over the guesses and what is kept of them, plainly or in full; a draft its own filling,
+        copies and guesses."""
+        own = 5 * len(self.prefill) + 2 * len(self.decode) + 1
+        verifying = 3 * len(self.decode) if self.speculation else 0
+        return own + verifying + (len(self.prefill) + 2 * len(self.decode) + 1 if self.speculation == "draft" else 0)
 
 
 def shape_plan(options: EngineOptions) -> ShapePlan:
@@ -245,7 +255,8 @@ def shape_plan(options: EngineOptions) -> ShapePlan:
     prefill = [_round_up(options.prefill_chunk)]
     while prefill[-1] > 64:
         prefill.append(max(prefill[-1] // 4, SMALLEST))
-    return ShapePlan(tuple(sorted(_round_up(n) for n in prefill)), tuple(decode))
+    speculation = options.speculative.kind if options.speculative else None
+    return ShapePlan(tuple(sorted(_round_up(n) for n in prefill)), tuple(decode), speculation)
 
 
 def bucket(sizes: tuple[int, ...], count: int) -> int:

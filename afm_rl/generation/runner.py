@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from afm_rl.config import ModelConfig
+from afm_rl.generation import sampling_rows
 from afm_rl.generation.engine_weights import EngineWeights
 from afm_rl.generation.options import EngineOptions
 from afm_rl.generation.paged_cache import FlatTokens, PagedCache, empty_cache, page_bytes
@@ -35,7 +36,7 @@ from afm_rl.generation.programs import (
     score,
     shape_plan,
 )
-from afm_rl.generation.sampling_rows import MAX_STOP_IDS, FullRows, full_rows
+from afm_rl.generation.sampling_rows import MAX_STOP_IDS, FullRows
 from afm_rl.generation.scheduler import Piece
 from afm_rl.generation.sequences import Response
 
@@ -44,16 +45,19 @@ MAX_PIECES = 64
 
 
 class Runner:
-    """Device state of one engine: at least `pages` pages, as many as the options' bytes hold at most."""
+    """Device state of one model. It has as many pages as the options' bytes hold and could ever be in use.
 
-    def __init__(self, config: ModelConfig, options: EngineOptions, *, max_context: int) -> None:
+    A draft's runner has as many as its target's: `pages` says so.
+    """
+
+    def __init__(self, config: ModelConfig, options: EngineOptions, *, max_context: int, pages: int | None = None) -> None:
         self.options, self.plan = options, shape_plan(options)
         self.static = Static(config, options.compute_dtype)
         self.blocks = -(-max_context // options.page_size)
         cache_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.dtype(options.compute_dtype)
         bytes_ = page_bytes(config, page_size=options.page_size, dtype=cache_dtype)
         most = options.max_batch * (self.blocks + 1)  # more could never be in use
-        self.pages = RESERVED_PAGES + min(options.kv_cache_bytes // bytes_, most)
+        self.pages = pages or RESERVED_PAGES + min(options.kv_cache_bytes // bytes_, most)
         self.page_bytes = bytes_
         self._empty = partial(empty_cache, config, pages=self.pages, page_size=options.page_size, dtype=cache_dtype)
         self.cache: PagedCache | None = self._empty()
@@ -81,10 +85,10 @@ class Runner:
             pairs[:, : len(some)] = np.asarray(some, np.int32).T
             self.cache = copy_pages(self.cache, pairs[0], pairs[1], static=self.static)
 
-    def fill(self, pieces: Sequence[Piece]) -> None:
-        """Fill pieces of stems, with the prompt's log-probabilities where they are asked for."""
+    def fill(self, pieces: Sequence[Piece], *, scores: bool = True) -> None:
+        """Fill pieces of stems, with the prompt's log-probabilities where they are asked for (and `scores` are)."""
         for wanted in (False, True):
-            some = [p for p in pieces if p.stem.scored is wanted]
+            some = [p for p in pieces if (scores and p.stem.scored) is wanted]
             for start in range(0, len(some), MAX_PIECES):
                 self._fill(some[start : start + MAX_PIECES], scored=wanted)
 
@@ -92,9 +96,9 @@ class Runner:
         """Up to `steps` tokens of every row, in the order of `rows`; ends early once `leave_at` rows have ended."""
         size = bucket(self.plan.decode, len(rows))
         inputs = row_inputs(rows, size=size, blocks=self.blocks)
-        full, seen_RV = self._full(rows, size)
+        full, seen_RV = self.full_rows(rows, size)
         decoded, self.cache = decode(
-            self._weights(),
+            self.loaded,
             self.cache,
             inputs,
             full,
@@ -110,13 +114,13 @@ class Runner:
         """Fill pieces and decode one token of every row in one pass of the one size there is."""
         [size] = self.plan.prefill
         tokens, adapter_R = self._flat(pieces, rows, size=size, table=size)
-        logits_NV, self.cache = score(self._weights(), self.cache, tokens, adapter_R, self.static)
+        logits_NV, self.cache = score(self.loaded, self.cache, tokens, adapter_R, self.static)
         self._keep_scores(pieces, logits_NV, first=len(rows))
         if not rows:
             return None
         inputs = row_inputs(rows, size=size, blocks=self.blocks)
         decoded = Decoded(*(np.asarray(x) for x in draw(logits_NV, inputs, None, None, static=self.static)))
-        full, seen_RV = self._full(rows, size)
+        full, seen_RV = self.full_rows(rows, size)
         if full is None:
             return decoded
         # A plain row must not depend on there being others: each kind is drawn by its own program.
@@ -128,7 +132,9 @@ class Runner:
             stopped_R=np.where(plain_R, decoded.stopped_R, drawn.stopped_R),
         )
 
-    def _weights(self) -> EngineWeights:
+    @property
+    def loaded(self) -> EngineWeights:
+        """The weights, which are there when anything is computed."""
         assert self.weights is not None
         return self.weights
 
@@ -137,9 +143,9 @@ class Runner:
         size = bucket(self.plan.prefill, sum(p.stop - p.start for p in pieces))
         tokens, adapter_R = self._flat(pieces, [], size=size, table=MAX_PIECES)
         if not scored:
-            self.cache = prefill(self._weights(), self.cache, tokens, adapter_R, self.static)
+            self.cache = prefill(self.loaded, self.cache, tokens, adapter_R, self.static)
             return
-        logits_NV, self.cache = score(self._weights(), self.cache, tokens, adapter_R, self.static)
+        logits_NV, self.cache = score(self.loaded, self.cache, tokens, adapter_R, self.static)
         self._keep_scores(pieces, logits_NV, first=0)
 
     def _flat(
@@ -186,7 +192,7 @@ class Runner:
                 kept.top_ids_TN[at], kept.top_logps_TN[at] = ids_NK[n:end, :wanted], best_NK[n:end, :wanted]
             n = end
 
-    def _full(self, rows: Sequence[Response], size: int) -> tuple[FullRows | None, np.ndarray | None]:
+    def full_rows(self, rows: Sequence[Response], size: int) -> tuple[FullRows | None, np.ndarray | None]:
         """What rows need that ask for more than a temperature; nothing if none does."""
         options = [row.request.options for row in rows]
         if all(o.plain for o in options):
@@ -197,7 +203,7 @@ class Runner:
                 seen_RV[r, row.request.prompt_T] = True
                 seen_RV[r, row.tokens] = True
         temperatures = [row.request.temperature for row in rows]
-        return full_rows(options, temperatures, [row.job.stop_ids for row in rows], size=size), seen_RV
+        return sampling_rows.full_rows(options, temperatures, [row.job.stop_ids for row in rows], size=size), seen_RV
 
 
 def row_inputs(rows: Sequence[Response], *, size: int, blocks: int) -> RowInputs:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from afm_rl.generation.sampling import MAX_TOP, draw_full, draw_plain, full_rows
+from afm_rl.generation.sampling import MAX_TOP, draw_full, draw_plain, full_rows, scores
 from afm_rl.types import PLAIN, SamplingOptions
 
 R, V = 192, 300
@@ -155,28 +155,40 @@ def test_the_best_alternatives_in_order() -> None:
 
 def test_a_vocabulary_smaller_than_the_alternatives() -> None:
     """Every token once, and then nothing."""
-    rows = full_rows([SamplingOptions(logprobs=20)], [1.0], [()])
     logits_RV = np.array([[0.0, 2.0, 1.0]], np.float32)
-    _, _, ids_RN, _ = _DRAW(logits_RV, rows, np.zeros(1, np.float32), np.zeros((1, 3), bool), np.zeros(1, np.int32))
+    _, ids_RN, _ = jax.jit(scores)(logits_RV, np.ones(1, np.float32), np.zeros(1, int), top_R=np.array([20]))
     assert ids_RN[0].tolist() == [1, 2, 0] + [-1] * 17
+
+
+def _few(logits_RX: np.ndarray, options: list[SamplingOptions], u_R: np.ndarray) -> np.ndarray:
+    """Tokens drawn from few logits, put in the shape of the other tests."""
+    rows = len(logits_RX)
+    logits_RV = np.full((R, V), -np.inf, np.float32)
+    logits_RV[:, 0] = 0.0
+    logits_RV[:rows, : logits_RX.shape[1]] = logits_RX
+    batch = Batch(
+        logits_RV,
+        options + [PLAIN] * (R - rows),
+        np.ones(R, np.float32),
+        np.resize(u_R, R).astype(np.float32),
+        np.zeros((R, V), bool),
+        np.zeros(R, np.int32),
+    )
+    return batch.draw()[0][:rows]
 
 
 def test_ties_with_the_last_token_kept_stay_in() -> None:
     """Five equal tokens, two asked for, or half of their mass: all five can come, and the sixth cannot."""
-    logits_RV = np.tile(np.array([1.0, 5.0, 5.0, 5.0, 5.0, 5.0], np.float32), (200, 1))
+    logits_RX = np.tile(np.array([1.0, 5.0, 5.0, 5.0, 5.0, 5.0], np.float32), (100, 1))
     for options in (SamplingOptions(top_k=2), SamplingOptions(top_p=0.5)):
-        rows = full_rows([options] * 200, [1.0] * 200, [()] * 200)
-        u_R = (np.arange(200, dtype=np.float32) + 0.5) / 200
-        token_R = _DRAW(logits_RV, rows, u_R, np.zeros((200, 6), bool), np.zeros(200, np.int32))[0]
-        assert np.bincount(token_R, minlength=6).tolist() == [0, 40, 40, 40, 40, 40]
+        token_R = _few(logits_RX, [options] * 100, (np.arange(100) + 0.5) / 100)
+        assert np.bincount(token_R, minlength=6).tolist() == [0, 20, 20, 20, 20, 20]
 
 
 def test_a_cut_is_exact_to_the_last_bit() -> None:
     """Thresholds are found among all floats: of two neighbouring ones the smaller is cut, at every rank."""
-    z_V = -np.geomspace(1e-3, 8, 40).astype(np.float32).repeat(2)
-    z_V[1::2] = np.nextafter(z_V[::2], np.float32(-9))
-    logits_RV = np.tile(np.concatenate([np.float32([0.0]), z_V]), (81, 1))
-    rows = full_rows([SamplingOptions(top_k=k) for k in range(1, 82)], [1.0] * 81, [()] * 81)
-    last_R = np.full(81, 1 - 2**-23, np.float32)
-    token_R = _DRAW(logits_RV, rows, last_R, np.zeros((81, 81), bool), np.zeros(81, np.int32))[0]
+    z_X = -np.geomspace(1e-3, 8, 40).astype(np.float32).repeat(2)
+    z_X[1::2] = np.nextafter(z_X[::2], np.float32(-9))
+    logits_RX = np.tile(np.concatenate([np.float32([0.0]), z_X]), (81, 1))
+    token_R = _few(logits_RX, [SamplingOptions(top_k=k) for k in range(1, 82)], np.full(81, 1 - 2**-23))
     np.testing.assert_array_equal(token_R, np.arange(81))

@@ -28,6 +28,8 @@ COUNTERS = (
     "busy_s",
     "queued_steps",
 )
+#: What does not add up over engines.
+LARGER = ("compiled_programs", "version")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,10 +62,9 @@ class EngineUse:
         return [f.name for f in dataclasses.fields(EngineUse) if f.name not in ("busy_s", "queued_steps", "version")]
 
     def __add__(self, other: EngineUse) -> EngineUse:
-        """Of two engines together; the version is the newer one."""
+        """Of two engines together: the newer version, and the larger number of programs, which like engines share."""
         mine, its = dataclasses.asdict(self), dataclasses.asdict(other)
-        both = {name: mine[name] + its[name] for name in mine if name != "version"}
-        return EngineUse(**both, version=max(self.version, other.version))
+        return EngineUse(**{name: (max if name in LARGER else sum)((mine[name], its[name])) for name in mine})
 
     def since(self, before: EngineUse) -> EngineUse:
         """What was done after an earlier look, the state being that of now."""

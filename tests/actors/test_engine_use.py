@@ -58,7 +58,8 @@ def test_engines_add_up_and_a_retired_one_holds_nothing() -> None:
     """Guards an actor with several engines: work adds up, the state of one that is gone does not count."""
     both = AFTER + BEFORE.retired()
     assert (both.steps, both.response_tokens, both.version) == (24, 300, 7)
-    assert (AFTER.retired() + AFTER).pages == AFTER.pages
+    twice = AFTER.retired() + AFTER
+    assert (twice.pages, twice.compiled_programs, twice.preemptions) == (AFTER.pages, AFTER.compiled_programs, 4)
 
 
 class Sink:

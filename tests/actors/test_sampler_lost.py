@@ -1,0 +1,190 @@
+"""Samplers under Ray, with a model: killed in the middle of a batch, given weights in one, and their memory."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from actors.dispatch import DispatchOptions, generate, generate_all
+from actors.host import Handle, Host, RayHandle, call, gather
+from actors.sampler import PolicySpec, Sampler
+from actors.streams import CONCURRENCY_GROUPS, RayStreamingHandle, items
+from actors.weights import WeightStore, deliver
+from afm_rl.config import ModelConfig
+from afm_rl.generation.options import EngineOptions
+from afm_rl.parameters import ParamSpec, param_specs
+from afm_rl.types import GenerationRequest, Group, Weights
+from afm_rl.weights import flatten
+
+pytestmark = pytest.mark.slow
+
+CONFIG = ModelConfig(97, 32, 64, 2, 4, 2, 8, max_positions=512)
+SPEC = PolicySpec(CONFIG, stop_ids=())
+ENGINE = EngineOptions(max_batch=8, deterministic=True, kv_cache_bytes=2**22)
+#: 117 MB of weights.
+LARGE = ModelConfig(8192, 512, 2048, 6, 8, 4, 64)
+
+
+def make_weights(config: ModelConfig, version: int) -> Weights:
+    rng = np.random.default_rng(version)
+
+    def draw(spec: ParamSpec) -> np.ndarray:
+        if spec.std is None:
+            return np.ones(spec.shape, np.float32)
+        return (3 * spec.std * rng.standard_normal(spec.shape, np.float32)).astype(np.float32)
+
+    params = jax.tree.map(draw, param_specs(config), is_leaf=lambda x: isinstance(x, ParamSpec))
+    return flatten(params, policy="mdloo", version=version)
+
+
+class Publisher:
+    """Stands for a learner: makes weights and can say where it runs."""
+
+    def publish(self, version: int) -> Weights:
+        return make_weights(CONFIG, version)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+class WatchedSampler(Sampler):
+    """A sampler that can say where it runs."""
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    import ray
+
+    settings = {"env_vars": {"JAX_PLATFORMS": "cpu"}}
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        num_cpus=2,
+        object_store_memory=2**30,
+        runtime_env=settings,
+    )
+    yield
+    ray.shutdown()
+
+
+def start(name: str, role: type, kwargs: dict[str, Any]) -> Any:
+    import ray
+
+    remote: Any = ray.remote
+    if role is not WatchedSampler:
+        return RayHandle(name, remote(Host).options(num_cpus=0).remote(name, role, kwargs))
+    actor = remote(max_concurrency=1, concurrency_groups=CONCURRENCY_GROUPS)(Host)
+    return RayStreamingHandle(name, actor.options(num_cpus=0, max_restarts=-1).remote(name, role, kwargs))
+
+
+def start_samplers(count: int, engine: EngineOptions) -> tuple[Handle, list[RayStreamingHandle]]:
+    store = start("weights", WeightStore, {})
+    names = [f"sampler-{i}" for i in range(count)]
+    samplers = [start(name, WatchedSampler, {"engine": engine, "name": name, "store": store}) for name in names]
+    gather([sampler.ping() for sampler in samplers], deadline_s=120)
+    return store, samplers
+
+
+def prompts(count: int, tokens: int) -> list[GenerationRequest]:
+    """Some share their first page, all have seeds of their own."""
+    rng = np.random.default_rng(5)
+    shared = rng.integers(0, 97, 20)
+    return [
+        GenerationRequest(f"p{i}", np.append(shared, rng.integers(0, 97, i % 5 + 1)).astype(np.int32), 2, tokens, seed=i)
+        for i in range(count)
+    ]
+
+
+def assert_same(ours: Sequence[Group], theirs: Sequence[Group]) -> None:
+    """Bit by bit, log-probabilities too."""
+    assert [group.id for group in ours] == [group.id for group in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        for x, y in zip((*a.responses, *a.logps), (*b.responses, *b.logps), strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_a_sampler_killed_in_the_middle_changes_nothing() -> None:
+    """Guards a run against the death of a sampler, and of who published its weights: both samplers are killed while they
+    answer, return with their weights from the store, and every token is that of an undisturbed run."""
+    store, samplers = start_samplers(2, ENGINE)
+    publisher = start("learner", Publisher, {})
+    digest = call(store, "publish", publisher.submit("publish", 3))
+    os.kill(call(publisher, "pid"), signal.SIGKILL)
+    deliver(store, samplers, "mdloo", SPEC, digest=digest)
+    requests, options = prompts(24, tokens=150), DispatchOptions(window=10)
+    undisturbed = generate_all(samplers, requests, policy="mdloo", options=options)
+    pids = [call(sampler, "pid") for sampler in samplers]
+    found: dict[str, Group] = {}
+    for group in generate(samplers, requests, policy="mdloo", options=options):
+        assert isinstance(group, Group)
+        assert group.id not in found
+        found[group.id] = group
+        if len(found) in (3, 14):
+            os.kill(pids[0] if len(found) == 3 else pids[1], signal.SIGKILL)
+    assert_same([found[one.id] for one in requests], undisturbed)
+    gather([sampler.revive() for sampler in samplers], deadline_s=60)
+    assert not set(pids) & {call(sampler, "pid") for sampler in samplers}
+    assert [call(sampler, "digest", "mdloo") for sampler in samplers] == [digest, digest]
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_weights_arrive_while_a_sampler_generates() -> None:
+    """Guards updates in flight, over the actor's border: a delivery in the middle of a stream is acknowledged while it runs;
+    begun responses go on, and say which token is of which weights."""
+    store, [sampler] = start_samplers(1, replace(ENGINE, deterministic=False, decode_steps=4, on_update="continue"))
+    for version in (1, 2):
+        digest = call(store, "publish", make_weights(CONFIG, version))
+        if version == 1:
+            deliver(store, [sampler], "mdloo", SPEC, digest=digest)
+            first = [replace(one, max_tokens=5) for one in prompts(1, 5)]
+            stream = sampler.stream("answer", "mdloo", [*first, *prompts(3, tokens=400)])
+            assert stream.next(120.0).result.version == 1
+            assert call(sampler, "use").running > 0
+    deliver(store, [sampler], "mdloo", SPEC, digest=digest)
+    groups = [one.result for one in items(stream, deadline_s=120)]
+    assert len(groups) == 3
+    for group in groups:
+        assert group.version == 1
+        for versions in group.versions:
+            assert set(versions.tolist()) == {1, 2}
+            assert np.all(np.diff(versions) >= 0)
+
+
+def resident(pid: int, kind: str) -> int:
+    """Bytes of a process: VmHWM (the most it ever had, shared included), VmRSS, RssAnon."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(f"{kind}:")).split()[1])
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_weights_are_held_once_beside_the_object_store() -> None:
+    """Guards memory: a sampler maps what arrives and makes one copy of its own, never two at a time."""
+    spec = PolicySpec(LARGE, stop_ids=())
+    store, [sampler] = start_samplers(1, EngineOptions(max_batch=2, max_context=64, kv_cache_bytes=2**21))
+    deliver(store, [sampler], "mdloo", SPEC, digest=call(store, "publish", make_weights(CONFIG, 0)))  # JAX is warm
+    list(items(sampler.stream("answer", "mdloo", prompts(1, tokens=4))))
+    pid = call(sampler, "pid")
+    private, ever = resident(pid, "RssAnon"), resident(pid, "VmHWM")
+    weights = make_weights(LARGE, 1)
+    size = weights.buffers["float32"].nbytes
+    deliver(store, [sampler], "mdloo", spec, digest=call(store, "publish", weights))
+    taken, most = (resident(pid, "RssAnon") - private) / size, (resident(pid, "VmHWM") - ever) / size
+    print(f"{size / 1e6:.0f} MB of weights: {taken:.2f} times that taken, {most:.2f} times at most with what is shared")
+    assert taken < 1.2
+    assert most < 2.3
+    assert call(sampler, "digest", "mdloo") == weights.digest

@@ -41,7 +41,7 @@ def test_metrics_by_hand() -> None:
         "batch_occupancy": 0.75,  # 24 of 32 rows
         "cache_hit_rate": 0.75,  # 90 of 120 prompt tokens
         "queue_depth": 1.5,  # 6 requests waited over 4 steps
-        "accepted_per_step": 1.5,  # 6 tokens over 4 passes of a row
+        "accepted_per_step": 1.4,  # 7 tokens over 5 passes of a row
         "preemptions": 2,
         "response_tokens": 200,
         "engine_steps": 4,

@@ -89,14 +89,14 @@ def start(name: str, role: type, kwargs: dict[str, Any]) -> Any:
 
     remote: Any = ray.remote
     if role is not WatchedSampler:
-        return RayHandle(name, remote(Host).options(num_cpus=0).remote(name, role, kwargs))
+        return RayHandle(name, remote(Host).options(name=name, num_cpus=0).remote(name, role, kwargs))
     actor = remote(max_concurrency=1, concurrency_groups=CONCURRENCY_GROUPS)(Host)
-    return RayStreamingHandle(name, actor.options(num_cpus=0, max_restarts=-1).remote(name, role, kwargs))
+    return RayStreamingHandle(name, actor.options(name=name, num_cpus=0, max_restarts=-1).remote(name, role, kwargs))
 
 
-def start_samplers(count: int, engine: EngineOptions) -> tuple[Handle, list[RayStreamingHandle]]:
-    store = start("weights", WeightStore, {})
-    names = [f"sampler-{i}" for i in range(count)]
+def start_samplers(of: str, count: int, engine: EngineOptions) -> tuple[Handle, list[RayStreamingHandle]]:
+    store = start(f"{of}-weights", WeightStore, {})
+    names = [f"{of}-sampler-{i}" for i in range(count)]
     samplers = [start(name, WatchedSampler, {"engine": engine, "name": name, "store": store}) for name in names]
     gather([sampler.ping() for sampler in samplers], deadline_s=120)
     return store, samplers
@@ -124,8 +124,8 @@ def assert_same(ours: Sequence[Group], theirs: Sequence[Group]) -> None:
 def test_a_sampler_killed_in_the_middle_changes_nothing() -> None:
     """Guards a run against the death of a sampler, and of who published its weights: both samplers are killed while they
     answer, return with their weights from the store, and every token is that of an undisturbed run."""
-    store, samplers = start_samplers(2, ENGINE)
-    publisher = start("learner", Publisher, {})
+    store, samplers = start_samplers("killed", 2, ENGINE)
+    publisher = start("killed-learner", Publisher, {})
     digest = call(store, "publish", publisher.submit("publish", 3))
     os.kill(call(publisher, "pid"), signal.SIGKILL)
     deliver(store, samplers, "mdloo", SPEC, digest=digest)
@@ -149,7 +149,9 @@ def test_a_sampler_killed_in_the_middle_changes_nothing() -> None:
 def test_weights_arrive_while_a_sampler_generates() -> None:
     """Guards updates in flight, over the actor's border: a delivery in the middle of a stream is acknowledged while it runs;
     begun responses go on, and say which token is of which weights."""
-    store, [sampler] = start_samplers(1, replace(ENGINE, deterministic=False, decode_steps=4, on_update="continue"))
+    store, [sampler] = start_samplers(
+        "updated", 1, replace(ENGINE, deterministic=False, decode_steps=4, on_update="continue")
+    )
     for version in (1, 2):
         digest = call(store, "publish", make_weights(CONFIG, version))
         if version == 1:
@@ -178,8 +180,8 @@ def resident(pid: int, kind: str) -> int:
 def test_weights_are_held_once_beside_the_object_store() -> None:
     """Guards memory: what arrives is used where it lies in the object store; an update leaves no copy of either weights."""
     spec = PolicySpec(LARGE, stop_ids=())
-    store, [sampler] = start_samplers(1, EngineOptions(max_batch=2, max_context=64, kv_cache_bytes=2**21))
-    pid, publisher = call(sampler, "pid"), start("learner", Publisher, {})
+    store, [sampler] = start_samplers("large", 1, EngineOptions(max_batch=2, max_context=64, kv_cache_bytes=2**21))
+    pid, publisher = call(sampler, "pid"), start("large-learner", Publisher, {})
     size = call(publisher, "bytes", LARGE)
     deliver(store, [sampler], "mdloo", SPEC, digest=call(store, "publish", make_weights(CONFIG, 0)))
     list(items(sampler.stream("answer", "mdloo", prompts(1, tokens=4)), deadline_s=120))

@@ -189,6 +189,10 @@ class RayHandle:
         self.name = name
         self._actor = actor
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By name: an actor whose arguments held Ray's own handle could not be started anew once that is out of scope.
+        return _ray_handle_by_name, (self.name,)
+
     def submit(self, method: str, *args: Any, **kwargs: Any) -> Pending:
         call = self._actor.run.options(name=f"{self.name}.{method}")
         after = tuple(a for a in args if isinstance(a, RayPending))
@@ -199,6 +203,12 @@ class RayHandle:
 
     def stats(self) -> ActorStats:
         return RayPending(f"{self.name}.stats", self._actor.stats.remote()).result(30.0)
+
+
+def _ray_handle_by_name(name: str) -> RayHandle:
+    import ray
+
+    return RayHandle(name, ray.get_actor(name))
 
 
 @dataclass(frozen=True)

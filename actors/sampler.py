@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actors.engine_use import EngineUse, LiveGauges
-from actors.host import Handle, call
+from actors.host import Handle, call, return_freed_memory
 from actors.metrics import MetricsSink
 from actors.shared_engine import SharedEngine
 from afm_rl.config import ModelConfig
@@ -71,11 +71,12 @@ class Committee:
         Returns the digest of the bytes received. Raises DigestMismatchError or ValueError (values that are not finite); the
         weights held before go on serving.
         """
-        params = unflatten(weights)  # views into the message: the engine's own copy is the only one
+        params = unflatten(weights)  # views into the message, which the engine uses where it lies or copies once
         held = self._predecessor(weights.policy)
         same = held is not None and held[1].spec == spec
         engine = held[1].engine if held is not None and same else self._new_engine(spec)
         engine.load(params, policy=weights.policy, version=weights.version)
+        return_freed_memory()  # the weights before these, where they were copies, and what checking these took
         if held is not None and not same:
             self._retired += held[1].engine.use().retired()
         # Replaced as a whole: other threads look a policy up meanwhile.

@@ -120,14 +120,16 @@ def deliver(
     *,
     digest: str,
     beside: Sequence[str] = (),
+    made_by: Pending | None = None,
     deadline_s: float = REVIVAL_DEADLINE_S,
 ) -> None:
     """Bring the store's version of `policy` to every receiver, instead of all that it held but `beside`.
 
+    `made_by` is the call whose value was published: under Ray its value then travels from where it lies, not as a copy.
     Raises WeightsOutOfSyncError naming who disagrees about the digest, WeightsRefusedError naming who would not take them.
     """
     call(store, "assign", [r.name for r in receivers], policy, spec, beside, deadline_s=deadline_s)
-    weights = store.submit("fetch", policy)
+    weights = made_by or store.submit("fetch", policy)
     loading = []
     for receiver in receivers:
         with _refusal_named(receiver):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from actors.dispatch import DispatchOptions, generate_all
 from actors.engine_use import EngineUse
-from actors.host import Handle, call
+from actors.host import Handle, Pending, call
 from actors.metrics import ENGINE_STAGE, Metrics
 from actors.sampler import PolicySpec
 from actors.streams import StreamingHandle, call_again
@@ -46,9 +46,18 @@ class Generators:
         )
         self._given: dict[str, Given] = {}
 
-    def give(self, policy: str, version: int, spec: PolicySpec, *, digest: str, beside: Sequence[str] = ()) -> None:
-        """Bring the store's weights of a policy to every actor, instead of all that it held but `beside`."""
-        deliver(self._store, self._handles, policy, spec, digest=digest, beside=beside)
+    def give(
+        self,
+        policy: str,
+        version: int,
+        spec: PolicySpec,
+        *,
+        digest: str,
+        beside: Sequence[str] = (),
+        made_by: Pending | None = None,
+    ) -> None:
+        """Bring the store's weights of a policy to every actor, as `actors.weights.deliver` does."""
+        deliver(self._store, self._handles, policy, spec, digest=digest, beside=beside, made_by=made_by)
         kept = {name: given for name, given in self._given.items() if name in beside}
         self._given = {**kept, policy: Given(policy, version, digest)}
 

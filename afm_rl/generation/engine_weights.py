@@ -65,8 +65,15 @@ def _matrix(leaf: Any, dtype: Any) -> Any:
     if isinstance(leaf, PalettizedWeight | Int8Embedding):
         leaf = leaf.dequantize()
     if leaf.ndim < 2 or leaf.dtype == dtype:
-        return jnp.asarray(leaf)
+        return _placed(leaf)
     return jnp.asarray(leaf).astype(dtype)
+
+
+def _placed(leaf: Any) -> jax.Array:
+    """On the device. What nobody can write (a message from the object store) is used where it lies, if the device can."""
+    if isinstance(leaf, np.ndarray) and not leaf.flags.writeable:
+        return jax.device_put(leaf, may_alias=True)
+    return jnp.asarray(leaf)
 
 
 class AdapterBank:

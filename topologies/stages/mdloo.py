@@ -74,7 +74,7 @@ def _iterate(ctx: Context, options: MdlooTraining, iteration: int, *, stage: str
     begin = time.perf_counter()
     published = ctx.system.learner.submit("publish", policy.name, iteration)
     digest = call(ctx.system.store, "publish", published)
-    ctx.samplers.give(policy.name, iteration, ctx.spec(start), digest=digest)
+    ctx.samplers.give(policy.name, iteration, ctx.spec(start), digest=digest, made_by=published)
     before = ctx.samplers.look()
     prompts = iteration_prompts(ctx.data.prompts, iteration, count=options.prompts, seed=request_seed(ctx.seed, policy.name))
     requests = ctx.requests(

@@ -159,12 +159,12 @@ def _item(context, item, rows, area):
     groups, writes = read_word(context + _GROUPS), read_word(context + _WRITES)
     tile = shared(rows)
     sharing = count(tile) // count(rows)
-    kv, group = item // groups, item % groups
-    if item >= writes:
-        kv -= writes // groups
-    start = group * sharing
+    writing = item < writes
+    if not writing:
+        item = writes + groups * read_word(context + _KV_HEADS) - 1 - item  # backwards: a prompt's last tokens read most
+    kv, start = item // groups, item % groups * sharing
     end = min(start + sharing, read_word(context + _TOKENS))
-    if item < writes:
+    if writing:
         for n in range(start, end):
             _write(context, n, kv)
         return

@@ -202,6 +202,22 @@ def test_many_rows_on_many_threads_give_the_bits_of_one() -> None:
             np.testing.assert_array_equal(mixed[[0, 17, 63]], alone)
 
 
+def test_no_token_reads_before_all_are_written() -> None:
+    """A prompt again and again over the same pages, its values with the other sign: a stale one would not cancel."""
+    case = make_case([(0, 64)], head_dim=64)
+    q, k, v = (jnp.asarray(x) for x in case[:3])
+
+    def again(i: jax.Array, state: tuple[jax.Array, PagedCache]) -> tuple[jax.Array, PagedCache]:
+        worst, cache = state
+        sign = 1.0 - 2.0 * (i % 2)
+        mixed, cache = paged_attention(q, k, sign * v, cache, LAYER, case.tokens(), implementation="cpu_kernel")
+        return jnp.maximum(worst, jnp.abs(sign * mixed - expected).max()), cache
+
+    expected = jnp.asarray(run(case, "cpu_kernel")[0])
+    worst, _ = jax.jit(lambda cache: jax.lax.fori_loop(0, 2000, again, (jnp.float32(0), cache)))(case.cache())
+    assert worst == 0
+
+
 def test_auto_is_the_kernel_where_it_can_run(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     case = make_case([(8, 9)])
     args = [*(jnp.asarray(x) for x in case[:3]), case.cache(), LAYER, case.tokens()]

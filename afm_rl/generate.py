@@ -183,7 +183,7 @@ class Generator:
         return [self._runner, *([self._draft] if self._draft is not None else [])]
 
     def load_adapter(self, name: str, lora: Mapping[str, Any], *, alpha: float, rank: int) -> None:
-        """Hold a LoRA adapter by name. Raises ValueError for one that does not fit, is not finite, finds no place, is used."""
+        """Hold a LoRA adapter by name. Raises ValueError: it does not fit, is not finite, finds no place, is used."""
         bank = self._adapters_allowed()
         self._refuse_if_used(name)
         bank.put(name, lora, alpha=alpha, rank=rank)

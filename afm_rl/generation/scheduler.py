@@ -99,20 +99,20 @@ class Scheduler:
             self.leave(row)
 
     def start_over(self) -> None:
-        """Every running response goes back to the queue, in its order of arrival, without its tokens; nothing is filled."""
-        unfinished = sorted((*self.rows, *(r for stem in self.stems for r in stem.waiting)), key=lambda r: r.age)
+        """Every request goes back to the queue, in its order of arrival, without a token; nothing is filled."""
+        members = (*self.rows, *(response for stem in self.stems for response in stem.waiting))
+        jobs = {response.job.arrival: response.job for response in members}
         for row in list(self.rows):
             self.leave(row)
         for stem in self.stems:
             self._reset(stem)
         self.stems.clear()
-        jobs = {id(r.job): r.job for r in unfinished}
-        for response in unfinished:
-            response.cut(0)
-        for job in jobs.values():
+        for _, job in sorted(jobs.items()):
             job.version, job.prompt_scored = -1, False
-            members = deque(r for r in unfinished if r.job is job)
-            self.stems.append(Stem(job, np.asarray(job.request.prompt_T, np.int32), members))
+            for response in job.responses:  # those that had ended too: a group is of one version
+                response.cut(0)
+                response.done = response.stopped = False
+            self.add(job)
 
     def _start_stems(self, weights: str, version: int) -> None:
         """Give pages to as many stems as could decode soon, in order."""

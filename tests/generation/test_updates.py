@@ -74,6 +74,19 @@ def test_restart_answers_everything_by_the_new_weights() -> None:
             np.testing.assert_array_equal(one, other)
 
 
+def test_restart_begins_a_group_again_of_which_some_responses_had_ended() -> None:
+    """Guards what `restart` is for: a group of one version, however far it was."""
+    generator = make(on_update="restart", max_batch=4)
+    generator.submit(ask(prompt_of(20), "a", num_responses=6, max_tokens=5))
+    while generator.stats.response_tokens < 4 * 5:
+        generator.step()
+    assert generator.unfinished == 1
+    generator.load(NEW, policy="p", version=2)
+    group = drain(generator)["a"]
+    assert (group.version, group.versions) == (2, ())
+    assert worst(group, NEW) < 1e-4
+
+
 def test_continue_changes_weights_between_two_tokens_and_stamps_them() -> None:
     """Guards `continue`: each token carries the version that made it; equal weights change no token."""
     undisturbed = drain(begun("continue"))

@@ -60,7 +60,7 @@ class Runner:
         self.pages = pages or RESERVED_PAGES + min(options.kv_cache_bytes // bytes_, most)
         self.page_bytes = bytes_
         self._empty = partial(empty_cache, config, pages=self.pages, page_size=options.page_size, dtype=cache_dtype)
-        self.cache: PagedCache | None = self._empty()
+        self.cache: PagedCache | None = None  # until the first step
         self.weights: EngineWeights | None = None
 
     @property

@@ -25,6 +25,9 @@ COUNTERS = (
     "preemptions",
     "occupied_row_steps",
     "row_steps",
+    "guessed_tokens",
+    "kept_tokens",
+    "verified_rows",
     "busy_s",
     "queued_steps",
 )
@@ -37,7 +40,8 @@ class EngineUse:
     """Counters since the start, summed over an actor's engines; then its state, compiled programs included.
 
     `prompt_tokens` were computed, `cached_prompt_tokens` found; `queued_steps` adds up the requests waiting at every step;
-    `occupied_row_steps` of `row_steps` rows had a response in them; `busy_s` is time spent in steps.
+    `occupied_row_steps` of `row_steps` rows had a response in them; `kept_tokens` of `guessed_tokens` were accepted over
+    `verified_rows` passes of a row (speculation); `busy_s` is time spent in steps.
     """
 
     prompt_tokens: int = 0
@@ -47,6 +51,9 @@ class EngineUse:
     preemptions: int = 0
     occupied_row_steps: int = 0
     row_steps: int = 0
+    guessed_tokens: int = 0
+    kept_tokens: int = 0
+    verified_rows: int = 0
     busy_s: float = 0.0
     queued_steps: int = 0
     compiled_programs: int = 0
@@ -84,6 +91,7 @@ class EngineUse:
             "batch_occupancy": _share(self.occupied_row_steps, self.row_steps),
             "cache_hit_rate": _share(self.cached_prompt_tokens, self.cached_prompt_tokens + self.prompt_tokens),
             "queue_depth": _share(self.queued_steps, self.steps),
+            "accepted_per_step": _share(self.kept_tokens, self.verified_rows),
             "preemptions": self.preemptions,
             "response_tokens": self.response_tokens,
             "engine_steps": self.steps,

@@ -19,6 +19,7 @@ from actors.shared_engine import SharedEngine
 from afm_rl.config import ModelConfig
 from afm_rl.generate import Generator
 from afm_rl.generation.options import EngineOptions
+from afm_rl.huggingface import load_params
 from afm_rl.tokenizer import Tokenizer
 from afm_rl.types import Answered, GenerationRequest, Weights
 from afm_rl.weights import unflatten
@@ -121,6 +122,10 @@ class Committee:
 
     def _new_engine(self, spec: PolicySpec) -> SharedEngine:
         generator = Generator(spec.config, stop_ids=spec.stop_ids, options=self._options, decode=_decoder(spec))
+        speculation = self._options.speculative
+        if speculation is not None and speculation.draft is not None:
+            draft_config, draft = load_params(Path(speculation.draft))
+            generator.load_draft(draft, draft_config)
         return SharedEngine(generator, after_step=lambda busy: self._gauges.update(self.use, busy=busy))
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numba
@@ -45,9 +46,10 @@ def compile_function(function: Callable[[int], int], name: str) -> int:
             raise
         _log.warning("compiled kernels are not kept between processes: %s", error)
         built = decorate()(function)
-    binding.add_symbol(name, built.address)
+    address: Any = built.address
+    binding.add_symbol(name, address)
     _log.info("%s: %.2f s%s", name, time.perf_counter() - start_s, " from the cache" if built.cache_hits else "")
-    return int(built.address)
+    return int(address)
 
 
 def register(target: str, address: int) -> None:

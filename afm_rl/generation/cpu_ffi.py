@@ -31,7 +31,7 @@ from afm_rl.generation.cpu_memory import (
 )
 
 #: For functions that compiled kernels are made of: part of the caller, never called from Python.
-compiled = partial(
+compiled: Any = partial(
     numba.njit, forceinline=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False
 )
 
@@ -136,14 +136,16 @@ def wait_for(context: int, items: int) -> None:
 
 
 @compiled
-def drain(context: int, work: Any, shape: Any) -> None:
-    """Takes items and works on them until there are none: `work(context, item, shape)`."""
-    items = read_word(context + _ITEMS)
+def next_item(context: int) -> int:
+    """The number of an item that nobody has taken; -1 when there is none."""
     item = atomic_add(context + _NEXT, 1)
-    while item < items:
-        work(context, item, shape)
-        atomic_add(context + _DONE, 1)
-        item = atomic_add(context + _NEXT, 1)
+    return item if item < read_word(context + _ITEMS) else -1
+
+
+@compiled
+def item_done(context: int) -> None:
+    """To be called after each item."""
+    atomic_add(context + _DONE, 1)
 
 
 @compiled
@@ -192,14 +194,17 @@ def _schedule(frame: int, task: int, context: int) -> bool:
 
 
 @compiled
-def run(frame: int, context: int, task: int, work: Any, shape: Any) -> None:
-    """All items of a context, by this thread and by tasks of XLA's pool; returns when they are done."""
+def run(frame: int, context: int, task: int) -> None:
+    """All items of a context, by this thread and by some of XLA's pool; returns when they are done.
+
+    `task` is the address of the C function that takes items until there are none and then lets go of the context.
+    """
     threads = read_word(context + _THREADS)
     helpers = min(threads, _pool_threads(frame)) - 1 if threads > 1 else 0
-    write_word(context + _HOLDERS, helpers + 1)
+    write_word(context + _HOLDERS, helpers + 2)  # this thread holds it as a worker, and as the one who waits
     for _ in range(helpers):
         if not _schedule(frame, task, context):
             let_go(context)
-    drain(context, work, shape)
+    call(task, context)
     wait_for(context, read_word(context + _ITEMS))
     let_go(context)

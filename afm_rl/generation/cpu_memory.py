@@ -9,8 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
+from numba import extending
 from numba.core import cgutils, types
-from numba.extending import intrinsic
+
+#: numba's decorator. Its callers are compiled code: types of Python do not apply.
+intrinsic: Any = extending.intrinsic
 
 BYTE = ir.IntType(8)
 WORD = ir.IntType(64)
@@ -171,11 +174,11 @@ def symbol_address(_: Any, name: Any) -> Any:
 
 @intrinsic
 def prefetch(_: Any, address: Any) -> Any:  # noqa: ARG001
-    """Asks for the cache line of an address."""
+    """Asks for the cache line of an address, into the second level: the first one has fewer places for lines under way."""
 
     def generate(builder: Any, place: Any) -> None:
         pointer = _pointer(builder, BYTE, place)
-        hints = [ir.Constant(ir.IntType(32), hint) for hint in (0, 3, 1)]  # to read, into all levels, data
+        hints = [ir.Constant(ir.IntType(32), hint) for hint in (0, 2, 1)]  # to read, second level, data
         kind = ir.FunctionType(ir.VoidType(), [pointer.type] + [hint.type for hint in hints])
         builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"), [pointer, *hints])
 

@@ -15,7 +15,9 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.extending import intrinsic, models, register_model
+from numba.extending import models, register_model
+
+from afm_rl.generation.cpu_memory import intrinsic
 
 FLOAT = ir.FloatType()
 INT = ir.IntType(32)

@@ -1,7 +1,8 @@
 """Attention of flat tokens over the paged cache: the seam, and the implementation in plain jax.numpy.
 
 Paper section 2 (grouped-query attention). A token reads positions 0..its own of its row, those written in the same call
-included. The result does not depend on what a page holds beyond that, nor on pages of other rows.
+included. The result does not depend on what a page holds beyond that, nor on pages of other rows. On CPU the compiled
+kernel of paged_attention_cpu.py does the work where it can; its bits for a token do not even depend on the other tokens.
 
 Shapes: N tokens, Q query heads, K kv heads, M query heads per kv head, H head dim, R rows, B pages of a row, G groups of
 tokens, C tokens of a group, A pages read in one turn, S positions of those pages.
@@ -9,14 +10,19 @@ tokens, C tokens of a group, A pages read in one turn, S positions of those page
 
 from __future__ import annotations
 
-from typing import Literal
+import logging
+from functools import cache as remembered
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from afm_rl.attention_xla import MASKED
 from afm_rl.errors import UserError
+from afm_rl.generation.cpu_header import unusable_reason
 from afm_rl.generation.paged_cache import FlatTokens, PagedCache
+
+_log = logging.getLogger(__name__)
 
 Implementation = Literal["auto", "xla", "cpu_kernel"]
 
@@ -40,13 +46,41 @@ def paged_attention(
     """Writes the tokens' keys and values into `layer`, then softmax(q k / sqrt(H)) v -> [N, Q, H] in q's type, the cache.
 
     Keys and values are rounded to the cache's type before they are read. The softmax is float32. A padding token (position
-    -1) writes nothing and gives zeros. A cache that the caller donated is updated in place.
+    -1) writes nothing and gives zeros. A cache that the caller donated is updated in place, provided that what is written
+    into the next layer depends on this layer's result, as in a model. `auto` is `cpu_kernel` on CPU where that can run;
+    asking for it where it cannot raises UserError.
     """
     _check(q_NQH, k_NKH, v_NKH, cache, layer)
-    if implementation not in ("auto", "xla"):
-        raise UserError(f"paged attention: there is no implementation {implementation!r} here; use auto or xla")
+    if _by_kernel(q_NQH.shape[1] // k_NKH.shape[1], cache, implementation):
+        from afm_rl.generation.paged_attention_cpu import paged_attention_cpu  # numba, needed on CPU only
+
+        return paged_attention_cpu(q_NQH, k_NKH, v_NKH, cache, layer, tokens)
     cache = write_tokens(k_NKH, v_NKH, cache, layer, tokens)
     return read_tokens(q_NQH, cache, layer, tokens), cache
+
+
+def _by_kernel(heads_per_kv: int, cache: PagedCache, implementation: Implementation) -> bool:
+    if implementation not in get_args(Implementation):
+        raise UserError(f"paged attention: no implementation {implementation!r}; choose from {get_args(Implementation)}")
+    if implementation == "xla" or (implementation == "auto" and jax.default_backend() != "cpu"):
+        return False
+    reason = unusable_reason()
+    if reason is None:
+        from afm_rl.generation.paged_attention_cpu import cannot_serve
+
+        reason = cannot_serve(
+            heads_per_kv=heads_per_kv, head_dim=cache.v.shape[-1], page_size=cache.page_size, dtype=cache.k.dtype
+        )
+    if reason is not None and implementation == "cpu_kernel":
+        raise UserError(f"paged attention: the CPU kernel cannot run: {reason}; use auto or xla")
+    if reason is not None:
+        _say_once(reason)
+    return reason is None
+
+
+@remembered
+def _say_once(reason: str) -> None:
+    _log.warning("attention of the sampler runs in plain XLA, several times slower than the compiled kernel: %s", reason)
 
 
 def _check(q_NQH: jax.Array, k_NKH: jax.Array, v_NKH: jax.Array, cache: PagedCache, layer: int) -> None:
@@ -98,7 +132,7 @@ def read_tokens(q_NQH: jax.Array, cache: PagedCache, layer: int, tokens: FlatTok
 
 
 def _read_group(q_CQH: jax.Array, cache: PagedCache, layer: int, position_C: jax.Array, blocks_CB: jax.Array) -> jax.Array:
-    """Attention of C tokens, as many pages a turn as _GATHERED_BYTES allow and as many turns as the longest context needs."""
+    """Attention of C tokens: as many pages a turn as _GATHERED_BYTES allow, as many turns as the longest context needs."""
     C, Q, H = q_CQH.shape
     K, page_size = cache.k.shape[2], cache.page_size
     A = max(1, min(blocks_CB.shape[1], _GATHERED_BYTES // (C * K * H * page_size * cache.k.dtype.itemsize)))

@@ -26,10 +26,11 @@ from afm_rl.generation.cpu_ffi import (
     compiled,
     describes_itself,
     dimension,
-    drain,
     integer_attribute,
+    item_done,
     let_go,
     new_context,
+    next_item,
     operand,
     result,
     run,
@@ -82,12 +83,15 @@ MAX_HEADS_PER_KV = 8
 #: Multiplications of a query and a key that take about as long as waking a thread.
 _PRODUCTS_PER_THREAD = 32768
 
+#: Pages of a row that are asked for before they are read: memory answers in about the time that two take.
+_FETCH_AHEAD = 2
+
 # The words of a call's context.
 _Q, _K, _V, _POSITION, _ROW, _BLOCKS, _OUT, _KEYS, _VALUES = (OWN_WORDS + 8 * i for i in range(9))
 _TOKENS, _HEADS, _KV_HEADS, _HEAD_DIM, _PAGE, _ROW_PAGES, _GROUPS, _WRITES = (OWN_WORDS + 8 * i for i in range(9, 17))
 _WORDS = 17
 
-# The scratch of an item: queries [G, H], mixed values [H / lanes, G, lanes], scores [G, BLOCK], totals [G, lanes], limits [G].
+# A thread's scratch: queries [G, H], mixed values [H / lanes, G, lanes], scores [G, BLOCK], totals [G, lanes], limits [G].
 _SUMS = 4 * MAX_HEADS_PER_KV * MAX_HEAD_DIM
 _SCORES = 2 * _SUMS
 _TOTALS = _SCORES + 4 * MAX_HEADS_PER_KV * BLOCK
@@ -138,29 +142,40 @@ def _look_over(context):
 
 
 @compiled
-def _work(context, item, rows):
+def _work(context, rows):
+    """Items until there are none."""
+    area = scratch(_SCRATCH)
+    item = next_item(context)
+    while item >= 0:
+        _item(context, item, rows, area)
+        item_done(context)
+        item = next_item(context)
+    let_go(context)
+
+
+@compiled
+def _item(context, item, rows, area):
     """An item: one kv head of a few tokens. Where tokens of one row come together, all are written before any reads."""
     groups, writes = read_word(context + _GROUPS), read_word(context + _WRITES)
     tile = shared(rows)
     sharing = count(tile) // count(rows)
-    kv, group = item // groups, item % groups
-    if item >= writes:
-        kv -= writes // groups
-    start = group * sharing
+    writing = item < writes
+    if not writing:
+        item = writes + groups * read_word(context + _KV_HEADS) - 1 - item  # backwards: a prompt's last tokens read most
+    kv, start = item // groups, item % groups * sharing
     end = min(start + sharing, read_word(context + _TOKENS))
-    if item < writes or writes == 0:
+    if writing:
         for n in range(start, end):
             _write(context, n, kv)
-        if item < writes:
-            return
-    else:
+        return
+    if writes > 0:
         wait_for(context, writes)
-    area = scratch(_SCRATCH)
-    if sharing > 1 and _of_one_row(context, start, end, sharing):
-        _attend(context, start, kv, rows, tile, area)
+    if sharing > 1 and writes > 0 and _of_one_row(context, start, end, sharing):
+        _attend(context, start, start, kv, rows, tile, area)
     else:
         for n in range(start, end):
-            _attend(context, n, kv, rows, rows, area)
+            following = n + 1 if n + 1 < end and read_int(read_word(context + _POSITION) + 4 * n + 4) >= 0 else n
+            _attend(context, n, following, kv, rows, rows, area)
 
 
 @compiled
@@ -183,6 +198,15 @@ def _page_start(context, row, number, kv):
 
 
 @compiled
+def _upcoming(context, row, number, pages, next_row, kv):
+    """The page to fetch while page `number` of a row is read: two further, or one of the row that is read next."""
+    number += _FETCH_AHEAD
+    if number < pages:
+        return _page_start(context, row, number, kv)
+    return _page_start(context, next_row, min(number - pages, read_word(context + _ROW_PAGES) - 1), kv)
+
+
+@compiled
 def _write(context, n, kv):
     """A token's key and value of one kv head into their page."""
     position = int64(read_int(read_word(context + _POSITION) + 4 * n))
@@ -200,24 +224,30 @@ def _write(context, n, kv):
 
 
 @compiled
-def _attend(context, n, kv, rows, tile, area):
-    """One kv head of the tokens from n on that fill `tile`, all of one row; a padding token, which is alone, gets zeros."""
+def _attend(context, n, following, kv, rows, tile, area):
+    """One kv head of the tokens from n on that fill `tile`, all of one row; a padding token, which is alone, gets zeros.
+
+    The first pages of token `following` are fetched at the end.
+    """
     H, page = read_word(context + _HEAD_DIM), read_word(context + _PAGE)
     last = _prepare(context, n, kv, rows, tile, area)
     row = int64(read_int(read_word(context + _ROW) + 4 * n))
+    next_row = int64(read_int(read_word(context + _ROW) + 4 * following))
     pages = (last + page) // page
     at_once = max(1, BLOCK // page)
     top, total = minus_infinity(tile), zeros(tile)
     for first in range(0, pages, at_once):
         end = min(first + at_once, pages)
-        new_top = maximum(top, lanes_maximum(_score(context, row, kv, first, end, pages, tile, area)))
+        if end == pages and read_word(context + _WRITES) == 0:
+            _write(context, n, kv)
+        new_top = maximum(top, lanes_maximum(_score(context, row, next_row, kv, first, end, pages, tile, area)))
         kept = exp(subtract(top, new_top))
         top = new_top
         total = multiply_add(total, kept, _weigh(tile, top, (end - first) * page, area))
         for j in range(H // lanes(tile)):
             sums = area + _SUMS + 4 * lanes(tile) * count(tile) * j
             store_rows(multiply(load_rows(tile, sums, 4 * lanes(tile)), kept), sums, 4 * lanes(tile))
-        _mix(context, row, kv, first, end, last, tile, area)
+        _mix(context, row, next_row, kv, first, end, last, tile, area)
     store_rows(lanes_sum(total), area + _TOTALS, 4 * lanes(tile))
     _finish(context, n, kv, rows, tile, area, last)
 
@@ -243,13 +273,13 @@ def _prepare(context, n, kv, rows, tile, area):
 
 
 @compiled
-def _score(context, row, kv, first, end, pages, tile, area):
-    """Scores of pages first..end into the scratch; the greatest of every lane. The next page is fetched meanwhile."""
+def _score(context, row, next_row, kv, first, end, pages, tile, area):
+    """Scores of pages first..end into the scratch; the greatest of every lane. Later pages are fetched meanwhile."""
     H, page, W = read_word(context + _HEAD_DIM), read_word(context + _PAGE), lanes(tile)
     top = minus_infinity(tile)
     for number in range(first, end):
         start = _page_start(context, row, number, kv)
-        ahead = _page_start(context, row, min(number + 1, pages - 1), kv) - start
+        ahead = _upcoming(context, row, number, pages, next_row, kv) - start
         for place in range(0, page, W):
             keys = read_word(context + _KEYS) + start + 4 * place
             even, odd = zeros(tile), zeros(tile)
@@ -278,26 +308,27 @@ def _weigh(tile, top, positions, area):
 
 
 @compiled
-def _mix(context, row, kv, first, end, last, tile, area):
+def _mix(context, row, next_row, kv, first, end, last, tile, area):
     """Adds the weighted values of pages first..end, as many lanes at a time as registers hold."""
     wide, vectors = repeated(tile), read_word(context + _HEAD_DIM) // lanes(tile)
     many = count(wide) // count(tile)
     whole = vectors - vectors % many
     for j in range(0, whole, many):
-        _mix_lanes(context, row, kv, first, end, last, j, wide, tile, area)
+        _mix_lanes(context, row, next_row, kv, first, end, last, j, wide, tile, area)
     for j in range(whole, vectors):
-        _mix_lanes(context, row, kv, first, end, last, j, tile, tile, area)
+        _mix_lanes(context, row, next_row, kv, first, end, last, j, tile, tile, area)
 
 
 @compiled
-def _mix_lanes(context, row, kv, first, end, last, j, wide, tile, area):
+def _mix_lanes(context, row, next_row, kv, first, end, last, j, wide, tile, area):
     """`_mix` for the lanes from vector j on that `wide` has. Nothing beyond the last position is read."""
     H, page, W = read_word(context + _HEAD_DIM), read_word(context + _PAGE), lanes(tile)
     place = area + _SUMS + 4 * W * count(tile) * j
     sums = load_rows(wide, place, 4 * W)
     for number in range(first, end):
-        values = read_word(context + _VALUES) + _page_start(context, row, number, kv) + 4 * W * j
-        ahead = _page_start(context, row, min(number + 1, last // page), kv) - _page_start(context, row, number, kv)
+        start = _page_start(context, row, number, kv)
+        values = read_word(context + _VALUES) + start + 4 * W * j
+        ahead = _upcoming(context, row, number, last // page + 1, next_row, kv) - start
         weights = area + _SCORES + 4 * (number - first) * page
         for s in range(min(page, last + 1 - number * page)):
             for line in range(0, W * count(wide) // count(tile), 16):
@@ -326,14 +357,13 @@ def _target(heads_per_kv: int, width: int) -> str:
     task = f"{name}_task_{sources_digest([__file__])}"
 
     def work(context: int) -> int:
-        drain(context, _work, shape_of(width, heads_per_kv))
-        let_go(context)
+        _work(context, shape_of(width, heads_per_kv))
         return 0
 
     def handler(frame: int) -> int:
         if not describes_itself(frame):
             rows = shape_of(width, heads_per_kv)
-            run(frame, _start(frame, count(shared(rows)) // count(rows)), symbol_address(task), _work, rows)
+            run(frame, _start(frame, count(shared(rows)) // count(rows)), symbol_address(task))
         return 0
 
     compile_function(work, task)

@@ -20,6 +20,9 @@ AFTER = EngineUse(
     cached_prompt_tokens=90,
     response_tokens=250,
     row_steps=112,
+    guessed_tokens=21,
+    kept_tokens=7,
+    verified_rows=5,
     occupied_row_steps=32,
     queued_steps=6,
     preemptions=2,
@@ -38,6 +41,7 @@ def test_metrics_by_hand() -> None:
         "batch_occupancy": 0.75,  # 24 of 32 rows
         "cache_hit_rate": 0.75,  # 90 of 120 prompt tokens
         "queue_depth": 1.5,  # 6 requests waited over 4 steps
+        "accepted_per_step": 1.4,  # 7 tokens over 5 passes of a row
         "preemptions": 2,
         "response_tokens": 200,
         "engine_steps": 4,

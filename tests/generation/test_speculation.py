@@ -36,8 +36,7 @@ def requests(*, temperature: float = 0.9, count: int = 6) -> list[GenerationRequ
     ]
 
 
-@pytest.mark.parametrize("pages", [21, 400])
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize(("temperature", "pages"), [(0.0, 400), (0.9, 21)])
 def test_ngrams_change_no_token(temperature: float, pages: int) -> None:
     """Guards verification by n-grams: the tokens of plain decoding with the same seeds, also out of memory."""
     plain = make(kv_cache_bytes=cache_of(pages)).generate(requests(temperature=temperature))
@@ -77,6 +76,7 @@ def test_greedy_with_any_draft_equals_the_full_forward_pass() -> None:
     assert generator.stats.kept_tokens < generator.stats.guessed_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [SamplingOptions(), SamplingOptions(top_p=0.97, repetition_penalty=1.2, logit_bias={2: 0.5})]
 )
@@ -108,6 +108,7 @@ def test_three_tokens_are_distributed_as_without_speculation(draft: bool, option
     assert statistic < degrees + 3.3 * np.sqrt(2 * degrees) + 4  # beyond the 99.9 % quantile
 
 
+@pytest.mark.slow
 def test_ends_limits_and_alternatives_hold_within_a_pass() -> None:
     """Guards a pass that brings several tokens: it ends at a stop token and at the limit, and reports every token."""
     options = SamplingOptions(logprobs=2, top_k=20, logit_bias={3: 2.5})

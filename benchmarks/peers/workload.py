@@ -1,0 +1,58 @@
+"""What every side of `benchmarks/sampler.py` shares: the prompts of a workload, and how a side answers requests.
+
+A workload is {"prompts": P, "responses": G, "prompt_tokens": S, "new_tokens": n or one n per prompt, "seed": s}: P random
+prompts of S tokens, G responses to each, temperature 1, no end token. A request is one line of JSON: {"generate": workload}
+is answered with the seconds it took, {"score": ids} with the log-probabilities of the token after `ids`. NumPy only: the
+sides run in environments of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+Workload = dict[str, Any]
+#: Token ids below this are special in the peers' vocabularies and stay out of the prompts.
+FIRST_ID = 4
+
+
+def make_prompts(workload: Workload, vocab_size: int) -> np.ndarray:
+    """The prompts, [P, S] int32: other ones for every seed, so that nothing of an earlier run can be reused."""
+    shape = (workload["prompts"], workload["prompt_tokens"])
+    return np.random.default_rng(workload["seed"]).integers(FIRST_ID, vocab_size, shape).astype(np.int32)
+
+
+def log_softmax(logits_V: np.ndarray) -> np.ndarray:
+    """In float64."""
+    shifted = np.asarray(logits_V, np.float64) - np.max(logits_V)
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def answer(fields: dict[str, Any]) -> None:
+    """One line that the benchmark reads; whatever else is printed is not for it."""
+    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print("RESULT " + json.dumps({"peak_mib": peak_mib, **fields}), flush=True)
+
+
+def serve(
+    generate: Callable[[Workload], dict[str, Any] | None],
+    score: Callable[[Sequence[int]], np.ndarray],
+    **others: Callable[[Any], dict[str, Any]],
+) -> None:
+    """Answer requests until standard input ends; `others` are what else this side can do, by name."""
+    for line in sys.stdin:
+        ((what, argument),) = json.loads(line).items()
+        if what == "generate":
+            before = time.perf_counter()
+            fields = generate(argument) or {}
+            answer({"seconds": [time.perf_counter() - before], **fields})
+        elif what == "score":
+            answer({"logps": log_softmax(score(argument)).tolist()})
+        else:
+            answer(others[what](argument))

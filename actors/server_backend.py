@@ -99,13 +99,17 @@ class AdapterBackend:
     def stream(self, model: str, request: GenerationRequest) -> abc.Generator[int, None, None]:
         """The tokens of one response as they are decoded; others' work may run between two of them."""
         with self._lock:
-            tokens = iter(self._policy(model).generator.stream(request))
-        while True:
-            with self._lock:
-                token = next(tokens, None)
-            if token is None:
-                return
-            yield token
+            tokens = self._policy(model).generator.stream(request)
+        try:
+            while True:
+                with self._lock:
+                    token = next(tokens, None)
+                if token is None:
+                    return
+                yield token
+        finally:
+            with self._lock:  # what the reader leaves is given up between two steps of others
+                tokens.close()
 
     def score(self, model: str, tokens_T: np.ndarray, *, top: int) -> TokenScores:
         """Log-probabilities at temperature 1 of every token given those before it, and the `top` best alternatives."""

@@ -47,10 +47,11 @@ class Turns:
 
 @dataclasses.dataclass
 class _Reader:
-    """A stream: what is ready for it, and the keys of its requests that are not."""
+    """A stream: what is ready for it, the keys of its requests that are not, and what another stream's step failed with."""
 
     ready: deque[Answered] = dataclasses.field(default_factory=deque)
     unfinished: dict[str, int] = dataclasses.field(default_factory=dict)
+    failure: BaseException | None = None
 
 
 class SharedEngine:
@@ -63,6 +64,7 @@ class SharedEngine:
         self._readers: dict[str, tuple[_Reader, GenerationRequest]] = {}
         self._keys = 0
         self._busy_s, self._queued_steps = 0.0, 0
+        self._use = self._look()
 
     def load(self, params: Mapping[str, Any], *, policy: str, version: int) -> None:
         """New weights, between two steps; what becomes of running requests is the engine's `on_update`.
@@ -72,10 +74,15 @@ class SharedEngine:
         with self._turns:
             self._generator.load(params, policy=policy, version=version)
             self._version = version
+            self._use = self._look()
 
     def use(self) -> EngineUse:
-        """What the generator did so far, and its state."""
-        counted = {name: getattr(self._generator.stats, name) for name in EngineUse.of_generator()}
+        """What the generator did until its last step, and its state then: for any thread, without a turn."""
+        return self._use
+
+    def _look(self) -> EngineUse:
+        stats = self._generator.stats
+        counted = {name: getattr(stats, name) for name in EngineUse.of_generator()}
         return EngineUse(**counted, version=self._version, busy_s=self._busy_s, queued_steps=self._queued_steps)
 
     def rest(self) -> None:
@@ -83,9 +90,13 @@ class SharedEngine:
         with self._turns:
             if not self._generator.unfinished:
                 self._generator.rest()
+                self._use = self._look()
 
     def stream(self, requests: Sequence[GenerationRequest]) -> Iterator[Answered]:
-        """Every request's answer as it is finished, those refused first. What nobody reads on is cancelled."""
+        """Every request's answer as it is finished, those refused first. What nobody reads on is cancelled.
+
+        What a step raises is raised in every stream that had requests in it: the generator has given them up.
+        """
         reader = _Reader()
         try:
             with self._turns:
@@ -94,6 +105,8 @@ class SharedEngine:
             while reader.ready or reader.unfinished:
                 if not reader.ready:
                     with self._turns:
+                        if reader.failure is not None:
+                            raise RuntimeError("the step that another stream took has failed") from reader.failure
                         if not reader.ready:  # another reader may have stepped meanwhile
                             self._step()
                 while reader.ready:
@@ -119,9 +132,15 @@ class SharedEngine:
 
     def _step(self) -> None:
         began_s = time.perf_counter()
-        groups = self._generator.step()
+        try:
+            groups = self._generator.step()
+        except BaseException as error:
+            for reader, _ in self._readers.values():
+                reader.failure = error
+            raise
         self._busy_s += time.perf_counter() - began_s
         self._queued_steps += self._generator.stats.waiting
+        self._use = self._look()
         for group in groups:
             self._hand_over(group)
         self._after_step(self._generator.unfinished > 0)
@@ -136,3 +155,4 @@ class SharedEngine:
             self._generator.cancel(key)
             del self._readers[key]
         reader.unfinished.clear()
+        self._use = self._look()

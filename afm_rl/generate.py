@@ -12,7 +12,8 @@ tokens (`continue`), each token stamped with the version that made it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Generator as Iteration
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +35,6 @@ from afm_rl.types import GenerationRequest, Group
 
 #: Rows that end before the batch is looked at again, as a share of it: each look costs about a millisecond.
 _LEAVING_SHARE = 16
-
-
 #: What is counted.
 _COUNTS = (
     "prompt_tokens",
@@ -184,10 +183,7 @@ class Generator:
         return [self._runner, *([self._draft] if self._draft is not None else [])]
 
     def load_adapter(self, name: str, lora: Mapping[str, Any], *, alpha: float, rank: int) -> None:
-        """Hold a LoRA adapter for requests that name it.
-
-        Raises ValueError for one that does not fit, is not finite, finds no place or is in use.
-        """
+        """Hold a LoRA adapter by name. Raises ValueError: it does not fit, is not finite, finds no place, is used."""
         bank = self._adapters_allowed()
         self._refuse_if_used(name)
         bank.put(name, lora, alpha=alpha, rank=rank)
@@ -218,7 +214,7 @@ class Generator:
         self._submit(request)
 
     def step(self) -> list[Group]:
-        """One step of the engine: the requests that it answered."""
+        """One step of the engine: the requests that it answered. Where it raises, every unfinished request is given up."""
         groups, self._unclaimed = self._unclaimed, []
         return groups + [group_of(job, policy=self.policy) for job in self._step()]
 
@@ -241,9 +237,10 @@ class Generator:
                     self._unclaimed.append(group_of(job, policy=self.policy))
         return [answers[job.arrival] for job in jobs]
 
-    def stream(self, request: GenerationRequest) -> Iterator[int]:
+    def stream(self, request: GenerationRequest) -> Iteration[int, None, None]:
         """The tokens of the first response as they are decoded; the same tokens as `generate` gives."""
         job = self._submit(request)
+        job.streamed = True
         [response, *_] = job.responses
         sent = 0
         try:
@@ -251,10 +248,10 @@ class Generator:
                 if len(response.tokens) > sent:
                     sent += 1
                     yield response.tokens[sent - 1]
-                elif response.done:
+                elif response.done or job.arrival not in self._jobs:
                     return
                 else:
-                    self._unclaimed += [group_of(other, policy=self.policy) for other in self._step() if other is not job]
+                    self._unclaimed += [group_of(other, policy=self.policy) for other in self._step()]
         finally:  # a reader may go away before the end
             if job.arrival in self._jobs:
                 self._give_up(job)
@@ -276,10 +273,8 @@ class Generator:
         job = Job(request, self._arrivals, self._stop_ids(request))
         if request.adapter:
             assert self._bank is not None
-            job.adapter, job.adapter_key = (
-                self._bank.names.index(request.adapter),
-                f"{request.adapter}/{self._adapter_loads}",
-            )
+            job.adapter = self._bank.names.index(request.adapter)
+            job.adapter_key = f"{request.adapter}/{self._adapter_loads}"
         if (wanted := request.options.prompt_logprobs) is not None:
             job.prompt_scores = PromptScores.unknown(len(request.prompt_T), wanted)
         job.responses = [Response(job, j) for j in range(request.num_responses)]
@@ -289,14 +284,21 @@ class Generator:
         return job
 
     def _step(self) -> list[Job]:
-        """Schedule, compute, and take stock; the jobs that ended."""
+        """One step; the jobs that ended, but those whose tokens a stream has taken. A failure gives up every request."""
         self._update()
         if not self._jobs:
             return []
+        try:
+            return [job for job in self._advance() if not job.streamed]
+        except BaseException:
+            self._give_up_all()
+            raise
+
+    def _advance(self) -> list[Job]:
+        """Schedule, compute, and take stock; the jobs that ended."""
         for runner in self._runners:
             runner.wake()
-        options, scheduler = self.options, self._scheduler
-        together = options.deterministic
+        options, scheduler, together = self.options, self._scheduler, self.options.deterministic
         work = scheduler.schedule(
             budget=self._runner.plan.prefill[-1] if together else options.prefill_chunk,
             steps=1 if together else options.speculative.tokens + 1 if options.speculative else options.decode_steps,
@@ -371,13 +373,18 @@ class Generator:
         return self._bank
 
     def _refuse_if_used(self, name: str) -> None:
-        users = [job.request.id for job in self._jobs.values() if job.request.adapter == name]
-        if users:
+        if users := [job.request.id for job in self._jobs.values() if job.request.adapter == name]:
             raise ValueError(f"adapter {name!r} is in use by {len(users)} requests ({users[0]!r}, ...): wait or cancel them")
 
     def _give_up(self, job: Job) -> None:
         self._scheduler.remove(job)
         del self._jobs[job.arrival]
+
+    def _give_up_all(self) -> None:
+        """After a failure, when programs may have consumed the cache, and rows may hold a part of their tokens."""
+        for kept in (self._jobs, self._scheduler.rows, self._scheduler.stems):
+            kept.clear()
+        self.rest()
 
 
 def request_seed(*parts: object) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -219,6 +220,21 @@ def test_an_abandoned_stream_blocks_nobody(folder: Path) -> None:
     thread.start()
     thread.join(timeout=60)
     assert len(results) == 1
+
+
+def test_a_reader_that_leaves_waits_for_the_step_of_others(folder: Path) -> None:
+    """Guards the engine's bookkeeping: a stream is given up between two steps, not in the middle of another thread's."""
+    backend = AdapterBackend(folder)
+    stream = backend.stream("base", dataclasses.replace(request(), max_tokens=100))
+    next(stream)
+    engine = backend._base.generator
+    with backend._lock:  # as a thread that steps holds it
+        leaving = threading.Thread(target=stream.close)
+        leaving.start()
+        leaving.join(timeout=0.3)
+        assert (leaving.is_alive(), engine.unfinished) == (True, 1)
+    leaving.join(timeout=30)
+    assert engine.unfinished == 0
 
 
 def test_threads_get_the_answers_they_would_get_alone(folder: Path) -> None:

@@ -42,7 +42,8 @@ class Static:
     @property
     def compiled(self) -> int:
         """Programs that this process has compiled for it."""
-        return sum(count for (of, _), count in _TRACED.items() if of == self)
+        traced = list(_TRACED.items())  # other threads may compile meanwhile
+        return sum(count for (of, _), count in traced if of == self)
 
 
 #: How often each program was traced, which is when it is compiled.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from afm_rl.generation.programs import Decoded
+from afm_rl.generation.sampling_rows import MAX_TOP
 from afm_rl.generation.sequences import Job, Response
 from afm_rl.types import Group, TopLogprobs
 
@@ -57,9 +58,13 @@ def group_of(job: Job, *, policy: str) -> Group:
         policy,
         job.version,
         versions=tuple(np.array(r.versions, np.int32) for r in responses) if mixed else (),
-        top=tuple(TopLogprobs(np.stack(r.top_ids)[:, :top], np.stack(r.top_logps)[:, :top]) for r in responses)
-        if top
-        else (),
+        top=tuple(_alternatives(r, top) for r in responses) if top else (),
         prompt_logp_T=scores.logp_T if scores else None,
         prompt_top=TopLogprobs(scores.top_ids_TN, scores.top_logps_TN) if scores else None,
     )
+
+
+def _alternatives(response: Response, top: int) -> TopLogprobs:
+    """The `top` best alternatives of each token; a response may have no tokens."""
+    ids_TN, logps_TN = (np.reshape(kept, (-1, MAX_TOP))[:, :top] for kept in (response.top_ids, response.top_logps))
+    return TopLogprobs(ids_TN.astype(np.int32), logps_TN.astype(np.float32))

@@ -76,9 +76,10 @@ class PromptScores(NamedTuple):
 
 @dataclass(eq=False)
 class Job:
-    """A request under way. `version` is that of the weights that its first token came from.
+    """A request under way. `version` is that of the weights that began to fill its prompt.
 
-    `adapter` is the slot of its adapter (-1: none), `adapter_key` names what was loaded there.
+    `adapter` is the slot of its adapter (-1: none), `adapter_key` names what was loaded there. Tokens of one that is
+    `streamed` are read while they are made: nobody waits for its group.
     """
 
     request: GenerationRequest
@@ -90,6 +91,7 @@ class Job:
     responses: list[Response] = field(default_factory=list)
     prompt_scores: PromptScores | None = None
     prompt_scored: bool = False
+    streamed: bool = False
 
     @property
     def begun(self) -> bool:
@@ -126,5 +128,6 @@ class Stem:
 
     @property
     def scored(self) -> bool:
-        """Whether the prompt's own log-probabilities are asked for and still to be computed."""
-        return self.job.request.options.prompt_logprobs is not None and not self.job.prompt_scored
+        """Whether the prompt's own log-probabilities are asked for and still to be computed; its first token has none."""
+        request = self.job.request
+        return request.options.prompt_logprobs is not None and len(request.prompt_T) > 1 and not self.job.prompt_scored

@@ -32,6 +32,7 @@ class FakeGenerator:
 
     @property
     def stats(self) -> GeneratorStats:
+        self._alone()
         steps = sum(event.startswith("step") for event in self.events)
         return GeneratorStats(steps=steps, waiting=len(self._waiting))
 
@@ -148,3 +149,19 @@ def test_an_engine_that_fails_lets_its_reader_know() -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         next(engine.stream([request("a", 1), request("b", 1)]))
     assert generator.events == ["cancel a", "cancel b"]
+
+
+def test_a_failed_step_is_known_to_every_reader_of_the_engine() -> None:
+    """Guards readers against stepping for ever an engine that has given their requests up; later ones are answered."""
+    generator = FakeGenerator()
+    engine = shared(generator)
+    one, other = engine.stream([request(n, 1) for n in "ab"]), engine.stream([request(n, 1) for n in "xy"])
+    assert next(one).result.id == "a"
+    generator.fails = "out of memory"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(other)
+    generator.fails = None
+    with pytest.raises(RuntimeError, match="another stream") as raised:
+        next(one)
+    assert "out of memory" in str(raised.value.__cause__)
+    assert [answer.result.id for answer in engine.stream([request("z", 1)])] == ["z"]

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from afm_rl.generate import Generator
-from afm_rl.types import GenerationRequest, Group
-from tests.generation.toy import CONFIG, PAGE, ask, cache_of, learner_logps, make, own_logps, prompt_of
+from afm_rl.generation.options import EngineOptions
+from afm_rl.types import GenerationRequest, Group, SamplingOptions
+from tests.generation.toy import CONFIG, PAGE, PARAMS, ask, cache_of, learner_logps, make, own_logps, prompt_of
 
 #: Prompts and responses of odd lengths, on page borders and beside them, some of which share a beginning.
 LENGTHS = ((1, 70), (7, 33), (8, 41), (9, 8), (16, 90), (17, 1), (40, 25), (63, 50))
@@ -167,3 +168,43 @@ def test_a_cancelled_request_frees_its_place() -> None:
     assert [group.id for group in groups] == ["kept"]
     assert generator.stats.running == 0
     assert generator.stats.free_pages == generator.stats.pages
+
+
+def test_streams_side_by_side_leave_nothing_behind() -> None:
+    """Guards a server's memory: the group of a stream that another one finished is nobody's, and is not kept."""
+    generator = make()
+    short, long = (ask(prompt_of(5, seed=n), f"r{n}", max_tokens=n, seed=n) for n in (3, 30))
+    expected = [group.responses[0].tolist() for group in generator.generate([short, long])]
+    first = generator.stream(short)
+    tokens = [next(first)]
+    assert list(generator.stream(long)) == expected[1]
+    assert tokens + list(first) == expected[0]
+    assert generator.step() == []
+
+
+def test_a_stream_that_is_cancelled_ends() -> None:
+    """Guards its reader against waiting for ever."""
+    generator = make(decode_steps=2)
+    stream = generator.stream(ask(prompt_of(5), "gone", max_tokens=40))
+    assert next(stream) >= 0
+    generator.cancel("gone")
+    assert len(list(stream)) < 39
+
+
+def test_a_step_that_fails_gives_up_its_requests_and_no_others() -> None:
+    """Guards what follows an error: pages are free, no half-taken request is left, and new ones are answered as ever."""
+    request = ask(prompt_of(20), num_responses=2, max_tokens=12, seed=1)
+    [expected] = make().generate([request])
+
+    def broken(tokens: list[int]) -> str:
+        raise LookupError(f"no text for {tokens}")
+
+    generator = Generator(CONFIG, stop_ids=(), options=EngineOptions(page_size=PAGE, max_batch=8), decode=broken)
+    generator.load(PARAMS, policy="p", version=1)
+    generator.submit(request)
+    with pytest.raises(LookupError, match="no text"):
+        generator.generate([ask(prompt_of(9), max_tokens=5, options=SamplingOptions(stop=("x",)))])
+    assert (generator.unfinished, generator.stats.running, generator.stats.waiting) == (0, 0, 0)
+    assert generator.stats.free_pages == generator.stats.pages
+    [found] = generator.generate([request])
+    assert same(found, expected)

@@ -8,7 +8,7 @@ import pytest
 from afm_rl.generate import Generator
 from afm_rl.generation.options import EngineOptions
 from afm_rl.types import GenerationRequest, Group, SamplingOptions
-from tests.generation.toy import CONFIG, PARAMS, ask, learner_logps, make, own_logps, prompt_of
+from tests.generation.toy import CONFIG, PARAMS, ask, cache_of, learner_logps, make, own_logps, prompt_of
 
 EVERY = SamplingOptions(
     top_k=30, top_p=0.9, min_p=0.01, repetition_penalty=1.3, min_tokens=3, logit_bias={5: 2.0, 9: -50.0}, logprobs=4
@@ -115,3 +115,27 @@ def test_a_prompts_log_probabilities(length: int, deterministic: bool) -> None:
         np.testing.assert_allclose(group.prompt_logp_T[1:], expected[np.arange(length - 1), prompt[1:]], atol=1e-4)
         np.testing.assert_allclose(group.prompt_top.logps_TN[1:], -np.sort(-expected)[:, :3], atol=1e-4)
     assert generator.stats.free_pages == generator.stats.pages
+
+
+def test_a_request_for_no_tokens_may_ask_for_alternatives() -> None:
+    """Guards the other answers of a step: a response without tokens has alternatives of no token, and is no error."""
+    generator = make()
+    generator.submit(ask(prompt_of(9), "none", max_tokens=0, options=SamplingOptions(prompt_logprobs=0, logprobs=3)))
+    generator.submit(ask(prompt_of(2), "one", max_tokens=1))
+    groups = {}
+    while generator.unfinished:
+        groups |= {group.id: group for group in generator.step()}
+    assert set(groups) == {"none", "one"}
+    assert len(groups["none"].top[0].ids_TN) == len(groups["none"].responses[0]) == 0
+
+
+def test_a_prompt_of_one_token_has_no_log_probabilities_to_compute() -> None:
+    """Guards responses that are filled again after they gave up their pages: they are no part of the prompt's scores."""
+    options = SamplingOptions(prompt_logprobs=2)
+    requests = [ask([n], f"r{n}", max_tokens=60, num_responses=3, seed=n, options=options) for n in range(3)]
+    generator = make(kv_cache_bytes=cache_of(17))
+    groups = generator.generate(requests)
+    assert generator.stats.preemptions > 0
+    for group in groups:
+        np.testing.assert_array_equal(group.prompt_logp_T, [np.nan])
+        assert max(np.abs(own_logps(group, j) - group.logps[j]).max() for j in range(3)) < 1e-4

@@ -86,6 +86,9 @@ _PRODUCTS_PER_THREAD = 32768
 #: Pages of a row that are asked for before they are read: memory answers in about the time that two take.
 _FETCH_AHEAD = 2
 
+#: Tokens of an item that writes: whole pages of a prompt, as two threads in one page would fight for its cache lines.
+_WRITTEN_TOGETHER = 64
+
 # The words of a call's context.
 _Q, _K, _V, _POSITION, _ROW, _BLOCKS, _OUT, _KEYS, _VALUES = (OWN_WORDS + 8 * i for i in range(9))
 _TOKENS, _HEADS, _KV_HEADS, _HEAD_DIM, _PAGE, _ROW_PAGES, _GROUPS, _WRITES = (OWN_WORDS + 8 * i for i in range(9, 17))
@@ -120,7 +123,7 @@ def _start(frame, sharing):
     write_word(context + _ROW_PAGES, dimension(frame, 7, 1))
     groups = (N + sharing - 1) // sharing
     keys, one_each = _look_over(context)
-    writes = 0 if one_each else groups * K
+    writes = 0 if one_each else (N + _WRITTEN_TOGETHER - 1) // _WRITTEN_TOGETHER * K
     write_word(context + _GROUPS, groups)
     write_word(context + _WRITES, writes)
     set_items(context, writes + groups * K, 1 + keys * Q * H // _PRODUCTS_PER_THREAD)
@@ -156,18 +159,18 @@ def _work(context, rows):
 @compiled
 def _item(context, item, rows, area):
     """An item: one kv head of a few tokens. Where tokens of one row come together, all are written before any reads."""
+    N, K = read_word(context + _TOKENS), read_word(context + _KV_HEADS)
     groups, writes = read_word(context + _GROUPS), read_word(context + _WRITES)
+    if item < writes:
+        start = item // K * _WRITTEN_TOGETHER
+        for n in range(start, min(start + _WRITTEN_TOGETHER, N)):
+            _write(context, n, item % K)
+        return
     tile = shared(rows)
     sharing = count(tile) // count(rows)
-    writing = item < writes
-    if not writing:
-        item = writes + groups * read_word(context + _KV_HEADS) - 1 - item  # backwards: a prompt's last tokens read most
+    item = writes + groups * K - 1 - item  # backwards: a prompt's last tokens read most
     kv, start = item // groups, item % groups * sharing
-    end = min(start + sharing, read_word(context + _TOKENS))
-    if writing:
-        for n in range(start, end):
-            _write(context, n, kv)
-        return
+    end = min(start + sharing, N)
     if writes > 0:
         wait_for(context, writes)
     if sharing > 1 and writes > 0 and _of_one_row(context, start, end, sharing):

@@ -76,7 +76,7 @@ def test_streams_at_a_time_are_busy_once() -> None:
         thread.start()
     for thread in threads:
         thread.join(timeout=30)
-    assert 0.3 <= host.stats().busy_s <= time.monotonic() - began_s
+    assert 0.3 <= host.stats().busy_s <= time.monotonic() - began_s + 0.01  # it is rounded
     assert host.stats().calls == 2
 
 

@@ -39,7 +39,7 @@ LARGER = ("compiled_programs", "version")
 class EngineUse:
     """Counters since the start, summed over an actor's engines; then its state, compiled programs included.
 
-    `prompt_tokens` were computed, `cached_prompt_tokens` found; `queued_steps` adds up the requests waiting at every step;
+    `prompt_tokens` were computed, `cached_prompt_tokens` found; `queued_steps` adds up the responses waiting at every step;
     `occupied_row_steps` of `row_steps` rows had a response in them; `kept_tokens` of `guessed_tokens` were accepted over
     `verified_rows` passes of a row (speculation); `busy_s` is time spent in steps.
     """

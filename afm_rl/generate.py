@@ -152,7 +152,7 @@ class Generator:
     def load(self, params: Mapping[str, Any], *, policy: str, version: int) -> None:
         """Use these parameters. While requests run, `options.on_update` says when and what becomes of those.
 
-        Raises ValueError when a value is not finite; what was loaded before stays in use.
+        Raises ValueError when a value is not finite or a shape is wrong; what was loaded before stays in use.
         """
         base = prepare(dict(params), self.config, jnp.dtype(self.options.compute_dtype))
         if not bool(_all_finite(base)):

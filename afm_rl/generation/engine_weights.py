@@ -19,7 +19,7 @@ import numpy as np
 
 from afm_rl.config import ModelConfig
 from afm_rl.lora import PROJECTIONS, BankedLora, LoraWeight, projection_shapes
-from afm_rl.parameters import Params
+from afm_rl.parameters import Params, ParamSpec, param_specs
 from afm_rl.quantized import Int8Embedding, PalettizedWeight
 
 
@@ -38,13 +38,25 @@ class Bank(NamedTuple):
 
 
 def prepare(params: Params, config: ModelConfig, dtype: Any) -> dict[str, Any]:
-    """The tree that `EngineWeights.base` holds. Vectors (norm gains) stay as they are; matrices get the type `dtype`."""
+    """The tree that `EngineWeights.base` holds. Vectors (norm gains) stay as they are; matrices get the type `dtype`.
+
+    Raises ValueError naming a parameter that is missing or has another shape than the model's.
+    """
+    found, expected = _shapes(params), _shapes(param_specs(config))
+    for name, shape in expected.items():
+        if found.get(name) != shape:
+            raise ValueError(f"the weights' {name} is {found.get(name, 'missing')}, the model needs {shape}")
     layers = tuple(
         {name: _matrix(_of_layer(leaf, index), dtype) for name, leaf in params["layers"].items()}
         for index in range(config.num_layers)
     )
     outer = {k: jax.tree.map(lambda w: _matrix(w, dtype), v, is_leaf=_is_leaf) for k, v in params.items() if k != "layers"}
     return {**outer, "layers": layers}
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: _is_leaf(x) or isinstance(x, ParamSpec))
+    return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def _is_leaf(leaf: Any) -> bool:

@@ -105,7 +105,7 @@ class Job:
 
 @dataclass(eq=False)
 class Stem:
-    """Tokens to fill, and who waits for them. `computed` positions are in `pages`; `version` is of the weights it began with."""
+    """Tokens to fill, and who waits for them. `computed` positions are in `pages`; `version`: the weights' at its start."""
 
     job: Job
     tokens_T: np.ndarray  # [T] int32, the last of which is not filled

@@ -119,6 +119,16 @@ def test_weights_that_are_not_finite_leave_the_old_ones_at_work() -> None:
     assert worst(groups["a"], PARAMS) < 1e-4
 
 
+def test_weights_of_another_shape_are_refused() -> None:
+    """Guards running requests: what does not fit is found before anything is computed with it."""
+    generator = begun("restart")
+    layers = NEW["layers"]
+    for broken, found in (({**layers, "up": layers["up"][:, 1:]}, r"\(2, 31, 16\)"), ({**layers, "up": None}, "missing")):
+        with pytest.raises(ValueError, match=rf"'layers'\]\['up'\] is {found}, the model needs \(2, 32, 16\)"):
+            generator.load({**NEW, "layers": broken}, policy="p", version=2)
+    assert {group.version for group in drain(generator).values()} == {1}
+
+
 def test_of_two_deliveries_only_the_newer_is_used() -> None:
     """Guards `finish` when updates come faster than requests end."""
     generator = begun("finish")

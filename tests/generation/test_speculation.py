@@ -82,7 +82,7 @@ def test_greedy_with_any_draft_equals_the_full_forward_pass() -> None:
 )
 @pytest.mark.parametrize("draft", [True, False])
 def test_three_tokens_are_distributed_as_without_speculation(draft: bool, options: SamplingOptions) -> None:
-    """Guards the whole path by chi-square over all sequences of a model of four tokens, each with its exact probability."""
+    """Guards the whole path by chi-square over all sequences of a model of four tokens, against plain decoding."""
     config = CONFIG.replace(vocab_size=4)
     params, small = random_params(seed=1, config=config, scale=1.2), random_params(seed=2, config=config, scale=1.2)
     draws = 2000

@@ -99,20 +99,23 @@ class Scheduler:
             self.leave(row)
 
     def start_over(self) -> None:
-        """Every request goes back to the queue, in its order of arrival, without a token; nothing is filled."""
-        members = (*self.rows, *(response for stem in self.stems for response in stem.waiting))
-        jobs = {response.job.arrival: response.job for response in members}
+        """Every unfinished response goes back to the queue, in its order of arrival, without its tokens; nothing is filled.
+
+        Responses that had ended stay as they are: else frequent updates would keep a large group from ever ending.
+        """
+        unfinished = sorted((*self.rows, *(r for stem in self.stems for r in stem.waiting)), key=lambda r: r.age)
         for row in list(self.rows):
             self.leave(row)
         for stem in self.stems:
             self._reset(stem)
         self.stems.clear()
-        for _, job in sorted(jobs.items()):
+        jobs = {id(r.job): r.job for r in unfinished}
+        for response in unfinished:
+            response.cut(0)
+        for job in jobs.values():
             job.version, job.prompt_scored = -1, False
-            for response in job.responses:  # those that had ended too: a group is of one version
-                response.cut(0)
-                response.done = response.stopped = False
-            self.add(job)
+            members = deque(r for r in unfinished if r.job is job)
+            self.stems.append(Stem(job, np.asarray(job.request.prompt_T, np.int32), members))
 
     def _start_stems(self, weights: str, version: int) -> None:
         """Give pages to as many stems as could decode soon, in order."""

@@ -176,7 +176,7 @@ def test_nothing_new_begins_while_draining_and_begun_jobs_end() -> None:
 
 
 def test_starting_over_drops_every_token_and_keeps_the_order() -> None:
-    """Guards the policy "restart": each unfinished request is answered from its first token by the new weights."""
+    """Guards the policy "restart": each unfinished response is answered from its first token by the new weights."""
     machine = Machine(20, max_rows=3)
     jobs = [machine.ask(name, [1, 2, 3, 4, 5], responses=2, max_tokens=5) for name in "abc"]
     for _ in range(2):

@@ -74,8 +74,8 @@ def test_restart_answers_everything_by_the_new_weights() -> None:
             np.testing.assert_array_equal(one, other)
 
 
-def test_restart_begins_a_group_again_of_which_some_responses_had_ended() -> None:
-    """Guards what `restart` is for: a group of one version, however far it was."""
+def test_restart_keeps_responses_that_had_ended_and_stamps_them() -> None:
+    """Guards a large group against never ending: what is done stays, by the weights that its stamps name."""
     generator = make(on_update="restart", max_batch=4)
     generator.submit(ask(prompt_of(20), "a", num_responses=6, max_tokens=5))
     while generator.stats.response_tokens < 4 * 5:
@@ -83,8 +83,10 @@ def test_restart_begins_a_group_again_of_which_some_responses_had_ended() -> Non
     assert generator.unfinished == 1
     generator.load(NEW, policy="p", version=2)
     group = drain(generator)["a"]
-    assert (group.version, group.versions) == (2, ())
-    assert worst(group, NEW) < 1e-4
+    assert group.version == 2
+    assert [set(versions.tolist()) for versions in group.versions] == [{1}] * 4 + [{2}] * 2
+    for j, logps in enumerate(group.logps):
+        np.testing.assert_allclose(logps, own_logps(group, j, params=PARAMS if j < 4 else NEW), atol=1e-4)
 
 
 def test_continue_changes_weights_between_two_tokens_and_stamps_them() -> None:

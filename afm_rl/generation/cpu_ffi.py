@@ -15,7 +15,7 @@ from typing import Any
 
 import numba
 
-from afm_rl.generation.cpu_header import API_VERSION, OFFSETS, SIZES
+from afm_rl.generation.cpu_header import API_VERSION, BFLOAT16, OFFSETS, SIZES
 from afm_rl.generation.cpu_memory import (
     allocate,
     atomic_add,
@@ -55,6 +55,7 @@ _ARGS = OFFSETS["XLA_FFI_CallFrame.args"] + OFFSETS["XLA_FFI_Args.args"]
 _RETS = OFFSETS["XLA_FFI_CallFrame.rets"] + OFFSETS["XLA_FFI_Rets.rets"]
 _ATTRS = OFFSETS["XLA_FFI_CallFrame.attrs"] + OFFSETS["XLA_FFI_Attrs.attrs"]
 _DATA = OFFSETS["XLA_FFI_Buffer.data"]
+_DTYPE = OFFSETS["XLA_FFI_Buffer.dtype"]
 _DIMS = OFFSETS["XLA_FFI_Buffer.dims"]
 _VALUE = OFFSETS["XLA_FFI_Scalar.value"]
 _SCHEDULE = OFFSETS["XLA_FFI_Api.XLA_FFI_ThreadPool_Schedule"]
@@ -102,6 +103,12 @@ def dimension(frame: int, number: int, axis: int) -> int:
 def result(frame: int, number: int) -> int:
     """The address of a result's data."""
     return read_word(read_word(read_word(frame + _RETS) + 8 * number) + _DATA)
+
+
+@compiled
+def result_is_bfloat16(frame: int, number: int) -> bool:
+    """A result's type."""
+    return read_int(read_word(read_word(frame + _RETS) + 8 * number) + _DTYPE) == BFLOAT16
 
 
 @compiled

@@ -34,6 +34,7 @@ OFFSETS = {
     "XLA_FFI_Args.args": 32,
     "XLA_FFI_Rets.rets": 32,
     "XLA_FFI_Attrs.attrs": 40,
+    "XLA_FFI_Buffer.dtype": 16,
     "XLA_FFI_Buffer.data": 24,
     "XLA_FFI_Buffer.dims": 40,
     "XLA_FFI_Scalar.value": 8,
@@ -47,6 +48,9 @@ OFFSETS = {
     "XLA_FFI_Api.XLA_FFI_ThreadPool_Schedule": 136,
     "XLA_FFI_Api.XLA_FFI_ThreadPool_NumThreads": 144,
 }
+
+#: XLA_FFI_DataType of a buffer.
+BFLOAT16 = 16
 
 #: Sizes of the structures that a kernel passes to XLA.
 SIZES = {
@@ -84,6 +88,9 @@ def header_difference(text: str) -> str | None:
     for struct, expected in SIZES.items():
         if layout.size(struct) != expected:
             return f"jaxlib's header has {struct} of {layout.size(struct)} bytes, the kernels expect {expected}"
+    bfloat16 = re.search(r"XLA_FFI_DataType_BF16 = (\d+)", text)
+    if bfloat16 is None or int(bfloat16[1]) != BFLOAT16:
+        return f"jaxlib's header gives bfloat16 the number {bfloat16 and bfloat16[1]}, the kernels expect {BFLOAT16}"
     return None
 
 
@@ -94,6 +101,13 @@ def _processor_lacks() -> str | None:
     if binding.get_process_triple().startswith("x86_64"):
         return None if binding.get_host_cpu_features().get("fma") else "the processor has no fused multiply-add"
     return None
+
+
+def has_vectors_of_512_bits() -> bool:
+    """Whether 32 registers of 16 float32 are there."""
+    from llvmlite import binding
+
+    return bool(binding.get_host_cpu_features().get("avx512f"))
 
 
 class Layout:

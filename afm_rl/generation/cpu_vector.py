@@ -23,6 +23,19 @@ FLOAT = ir.FloatType()
 INT = ir.IntType(32)
 
 
+class Bfloat16(ir.Type):
+    """LLVM's `bfloat`, which llvmlite has no class for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Bfloat16)
+
+    def __hash__(self) -> int:
+        return hash(Bfloat16)
+
+
 class Vector(types.Type):
     """`lanes` float32."""
 
@@ -66,20 +79,20 @@ def _constant(kind: Any, value: float) -> Any:
     return ir.Constant(kind, [value] * kind.count)
 
 
-def _call(builder: Any, name: str, result: Any, *args: Any) -> Any:
+def call_llvm(builder: Any, name: str, result: Any, *args: Any) -> Any:
     kind = ir.FunctionType(result, [arg.type for arg in args])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
 
 
-def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    return _call(builder, f"llvm.fma.v{a.type.count}f32", a.type, a, b, c)
+def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    return call_llvm(builder, f"llvm.fma.v{a.type.count}f32", a.type, a, b, c)
 
 
 def _pointer(builder: Any, kind: Any, address: Any) -> Any:
     return builder.inttoptr(address, ir.PointerType(kind))
 
 
-def _load(builder: Any, kind: Any, address: Any) -> Any:
+def load_vector(builder: Any, kind: Any, address: Any) -> Any:
     return builder.load(_pointer(builder, kind, address), align=4)
 
 
@@ -88,11 +101,11 @@ def _splat(builder: Any, scalar: Any, lanes: int) -> Any:
     return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(INT, lanes), [0] * lanes))
 
 
-def _splat_load(builder: Any, kind: Any, address: Any, lanes: int) -> Any:
-    return _splat(builder, _load(builder, kind, address), lanes)
+def splat_load(builder: Any, kind: Any, address: Any, lanes: int) -> Any:
+    return _splat(builder, load_vector(builder, kind, address), lanes)
 
 
-def _offset(builder: Any, address: Any, stride: Any, count: int) -> Any:
+def offset(builder: Any, address: Any, stride: Any, count: int) -> Any:
     return builder.add(address, builder.mul(stride, ir.Constant(stride.type, count)))
 
 
@@ -128,21 +141,21 @@ _EXP_LOWEST = -87.0
 def _exp(builder: Any, x: Any) -> Any:
     """exp(x) for x <= 0 within 2 units in the last place; exactly 1 at 0; 0 below _EXP_LOWEST."""
     kind = x.type
-    shifted = _fma(builder, x, _constant(kind, 1.44269504088896341), _constant(kind, _ROUND))
+    shifted = fma(builder, x, _constant(kind, 1.44269504088896341), _constant(kind, _ROUND))
     n = builder.fsub(shifted, _constant(kind, _ROUND))
-    r = _fma(builder, n, _constant(kind, -_LN2_HIGH), x)
-    r = _fma(builder, n, _constant(kind, -_LN2_LOW), r)
+    r = fma(builder, n, _constant(kind, -_LN2_HIGH), x)
+    r = fma(builder, n, _constant(kind, -_LN2_LOW), r)
     p = _constant(kind, _EXP_POLYNOMIAL[0])
     for coefficient in _EXP_POLYNOMIAL[1:]:
-        p = _fma(builder, p, r, _constant(kind, coefficient))
-    y = builder.fadd(_fma(builder, p, builder.fmul(r, r), r), _constant(kind, 1.0))
+        p = fma(builder, p, r, _constant(kind, coefficient))
+    y = builder.fadd(fma(builder, p, builder.fmul(r, r), r), _constant(kind, 1.0))
     bits = ir.VectorType(INT, kind.count)
     exponent = builder.shl(builder.bitcast(shifted, bits), ir.Constant(bits, [23] * kind.count))
     y = builder.bitcast(builder.add(builder.bitcast(y, bits), exponent), kind)
     return builder.select(builder.fcmp_ordered("<", x, _constant(kind, _EXP_LOWEST)), _constant(kind, 0.0), y)
 
 
-def _returning(result: Any, kinds: tuple[Any, ...], generate: Callable[..., list[Any]]) -> Any:
+def returning(result: Any, kinds: tuple[Any, ...], generate: Callable[..., list[Any]]) -> Any:
     """An intrinsic's typing and code: `generate` makes the vectors of `result` (or nothing, for none).
 
     Arguments that are rows reach `generate` as lists of LLVM vectors, others as they are.
@@ -162,7 +175,7 @@ def _returning(result: Any, kinds: tuple[Any, ...], generate: Callable[..., list
 
 
 def _elementwise(operation: Callable[..., Any], *kinds: Any) -> Any:
-    return _returning(kinds[0], kinds, lambda builder, *rows: [operation(builder, *row) for row in zip(*rows, strict=True)])
+    return returning(kinds[0], kinds, lambda builder, *rows: [operation(builder, *row) for row in zip(*rows, strict=True)])
 
 
 def _shape(lanes: int, count: int, *kinds: Any) -> Any:
@@ -175,7 +188,7 @@ def _number(value: int, *kinds: Any) -> Any:
 
 def _filled(shape: Any, value: float) -> Any:
     filled = _constant(ir.VectorType(FLOAT, shape.lanes), value)
-    return _returning(shape.rows, (shape,), lambda *_: [filled] * shape.count)
+    return returning(shape.rows, (shape,), lambda *_: [filled] * shape.count)
 
 
 @intrinsic(prefer_literal=True)
@@ -194,6 +207,12 @@ def shared(_: Any, shape: Any) -> Any:
 def repeated(_: Any, shape: Any) -> Any:
     """`shape` as often as 16 rows hold it, up to 4 times."""
     return _shape(shape.lanes, shape.count * (4 if shape.count <= 4 else 2), shape)
+
+
+@intrinsic
+def doubled(_: Any, shape: Any) -> Any:
+    """Twice `shape`."""
+    return _shape(shape.lanes, 2 * shape.count, shape)
 
 
 @intrinsic
@@ -247,7 +266,7 @@ def multiply(_: Any, a: Any, b: Any) -> Any:
 @intrinsic
 def multiply_add(_: Any, a: Any, b: Any, c: Any) -> Any:
     """a b + c, rounded once."""
-    return _elementwise(_fma, a, b, c)
+    return _elementwise(fma, a, b, c)
 
 
 @intrinsic
@@ -280,9 +299,9 @@ def load_rows(_: Any, shape: Any, address: Any, stride: Any) -> Any:
     kind = ir.VectorType(FLOAT, shape.lanes)
 
     def generate(builder: Any, _: Any, start: Any, step: Any) -> list[Any]:
-        return [_load(builder, kind, _offset(builder, start, step, g)) for g in range(shape.count)]
+        return [load_vector(builder, kind, offset(builder, start, step, g)) for g in range(shape.count)]
 
-    return _returning(shape.rows, (shape, address, stride), generate)
+    return returning(shape.rows, (shape, address, stride), generate)
 
 
 @intrinsic
@@ -290,10 +309,10 @@ def splat_rows(_: Any, shape: Any, address: Any, stride: Any) -> Any:
     """Rows, all lanes of row g the float at `address + g stride`."""
 
     def generate(builder: Any, _: Any, start: Any, step: Any) -> list[Any]:
-        places = [_offset(builder, start, step, g) for g in range(shape.count)]
-        return [_splat_load(builder, FLOAT, place, shape.lanes) for place in places]
+        places = [offset(builder, start, step, g) for g in range(shape.count)]
+        return [splat_load(builder, FLOAT, place, shape.lanes) for place in places]
 
-    return _returning(shape.rows, (shape, address, stride), generate)
+    return returning(shape.rows, (shape, address, stride), generate)
 
 
 @intrinsic
@@ -302,29 +321,23 @@ def store_rows(_: Any, x: Any, address: Any, stride: Any) -> Any:
 
     def generate(builder: Any, rows: list[Any], start: Any, step: Any) -> list[Any]:
         for g, row in enumerate(rows):
-            builder.store(row, _pointer(builder, row.type, _offset(builder, start, step, g)), align=4)
+            builder.store(row, _pointer(builder, row.type, offset(builder, start, step, g)), align=4)
         return []
 
-    return _returning(types.none, (x, address, stride), generate)
+    return returning(types.none, (x, address, stride), generate)
 
 
 @intrinsic
-def accumulate(_: Any, sums: Any, vectors: Any, scalars: Any, stride: Any, shape: Any) -> Any:
-    """sums[b G + g] + v[b] s[g]: vectors v one after another from `vectors`, floats s at `scalars + g stride`.
+def store_bfloat16(_: Any, x: Any, address: Any, stride: Any) -> Any:
+    """Row g, rounded to bfloat16, to `address + g stride`."""
 
-    G is the number of rows of `shape`; `sums` has a multiple of it, one G for each of the vectors.
-    """
+    def generate(builder: Any, rows: list[Any], start: Any, step: Any) -> list[Any]:
+        for g, row in enumerate(rows):
+            rounded = builder.fptrunc(row, ir.VectorType(Bfloat16(), row.type.count))
+            builder.store(rounded, _pointer(builder, rounded.type, offset(builder, start, step, g)), align=2)
+        return []
 
-    def generate(builder: Any, totals: list[Any], start: Any, factor: Any, step: Any, _: Any) -> list[Any]:
-        kind = totals[0].type
-        width = ir.Constant(start.type, 4 * kind.count)
-        places = [_offset(builder, start, width, b) for b in range(len(totals) // shape.count)]
-        read = [_load(builder, kind, place) for place in places]
-        factors = [_splat_load(builder, FLOAT, _offset(builder, factor, step, g), kind.count) for g in range(shape.count)]
-        pairs = [(v, s) for v in read for s in factors]
-        return [_fma(builder, v, s, total) for (v, s), total in zip(pairs, totals, strict=True)]
-
-    return _returning(sums, (sums, vectors, scalars, stride, shape), generate)
+    return returning(types.none, (x, address, stride), generate)
 
 
 @intrinsic
@@ -335,11 +348,11 @@ def hide(_: Any, scores: Any, first: Any, limits: Any, stride: Any) -> Any:
         count = rows[0].type.count
         lanes = ir.Constant(ir.VectorType(INT, count), list(range(count)))
         numbers = builder.add(_splat(builder, builder.trunc(start, INT), count), lanes)
-        bounds = [_splat_load(builder, INT, _offset(builder, limit, step, g), count) for g in range(len(rows))]
+        bounds = [splat_load(builder, INT, offset(builder, limit, step, g), count) for g in range(len(rows))]
         hidden = _constant(rows[0].type, float("-inf"))
         return [
             builder.select(builder.icmp_signed("<=", numbers, bound), row, hidden)
             for row, bound in zip(rows, bounds, strict=True)
         ]
 
-    return _returning(scores, (scores, first, limits, stride), generate)
+    return returning(scores, (scores, first, limits, stride), generate)

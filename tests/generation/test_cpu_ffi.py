@@ -68,7 +68,7 @@ def test_the_offsets_are_those_a_c_compiler_gives() -> None:
         "Args": {"args": Table.values},
         "Rets": {"rets": Table.values},
         "Attrs": {"attrs": Attributes.values},
-        "Buffer": {"data": Buffer.data, "dims": Buffer.dims},
+        "Buffer": {"dtype": Buffer.dtype, "data": Buffer.data, "dims": Buffer.dims},
         "Extension_Base": {"type": Extension.type, "next": Extension.next},
         "Metadata": {"api_version": Metadata.api_version, "traits": Metadata.traits},
         "Api_Version": {"major_version": Version.major, "minor_version": Version.minor},
@@ -96,7 +96,8 @@ def test_the_header_of_this_jaxlib_is_the_expected_one() -> None:
         ("XLA_FFI_API_MINOR 3", "XLA_FFI_API_MINOR 2", "has the version"),
         ("  XLA_FFI_ExecutionStage stage;\n", "", "XLA_FFI_CallFrame.args at byte 32, the kernels expect it at 40"),
         ("  _XLA_FFI_API_STRUCT_FIELD(XLA_FFI_Stream_Get);\n", "", "XLA_FFI_Api.XLA_FFI_ThreadPool_Schedule at byte 128"),
-        ("struct XLA_FFI_Buffer {", "struct XLA_FFI_Array {", "XLA_FFI_Buffer.data at byte None"),
+        ("struct XLA_FFI_Buffer {", "struct XLA_FFI_Array {", "XLA_FFI_Buffer.dtype at byte None"),
+        ("XLA_FFI_DataType_BF16 = 16", "XLA_FFI_DataType_BF16 = 34", "the number 34, the kernels expect 16"),
         ("int64_t* num_threads;", "int32_t num_threads;", "NumThreads_Args of 28 bytes"),
     ],
 )

@@ -42,8 +42,7 @@ Bytes = Annotated[int, Field(ge=1), BeforeValidator(_bytes)]
 class Speculative(Strict):
     """Tokens guessed ahead and checked in one step; what is sampled keeps its distribution."""
 
-    # YAML reads a bare `off` as false.
-    kind: Annotated[Literal["off", "ngram", "draft"], BeforeValidator(lambda v: "off" if v is False else v)] = "off"
+    kind: Literal["off", "ngram", "draft"] = "off"
     tokens: Count = 4
     max_ngram: Count = 3
     draft: Annotated[str, AfterValidator(os.path.abspath)] | None = None  # a policy folder with the same tokenizer
@@ -71,7 +70,7 @@ class Speculative(Strict):
 
 def _kind_alone(value: Any) -> Any:
     """`speculative: ngram` for `speculative: {kind: ngram}`."""
-    return {"kind": value} if isinstance(value, str | bool) else value
+    return {"kind": value} if isinstance(value, str) else value
 
 
 class Engine(Strict):

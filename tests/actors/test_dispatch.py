@@ -95,14 +95,21 @@ def test_a_frozen_sampler_is_killed_and_its_requests_go_on() -> None:
 
 
 def test_a_slow_sampler_is_not_a_frozen_one() -> None:
-    """Guards long responses: the deadline is between two groups, not for all; and a busy reader costs nobody his life."""
+    """Guards long responses: the deadline is between two groups, not for all of them."""
     world = World()
     slow = FakeSampler("slow", world, seconds=9.0)
     requests = [request(i) for i in range(4)]
     assert_each_once(requests, run([slow], requests, deadline_s=10.0))
-    seen = []
-    for one in dispatch([slow], requests).answers():
-        world.now_s += 100.0  # an update of the learner's, say
+    assert "killed" not in world.of("slow")
+
+
+def test_silence_counts_only_while_somebody_listens() -> None:
+    """Guards a sampler against a reader that is busy elsewhere: what it had no chance to hear was not silence."""
+    world = World()
+    slow, fast = FakeSampler("slow", world, seconds=100.0), FakeSampler("fast", world)
+    requests, seen = [request(i) for i in range(6)], []
+    for one in dispatch([slow, fast], requests, window=3, deadline_s=70.0).answers():
+        world.now_s += 40.0  # an update of the learner's, say
         seen.append(one)
     assert_each_once(requests, seen)
     assert "killed" not in world.of("slow")

@@ -69,7 +69,7 @@ def test_amounts_are_read_as_people_write_them(written: str, expected: int) -> N
     ],
 )
 def test_speculation(written: str, expected: Speculation | None) -> None:
-    """A bare `off`, which YAML takes for false, is off; a folder is found from wherever the actors run."""
+    """A word is enough where nothing else is said; a folder is found from wherever the actors run."""
     assert topology(f"{{speculative: {written}}}").actors.sampler.engine.speculative.options() == expected
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from afm_rl.generation.packed_weight import PackedWeight, packed_product
 from afm_rl.lora import BankedLora, LoraWeight
 from afm_rl.quantized import PalettizedWeight
 from afm_rl.sharding import Axis, constrain
@@ -39,6 +40,8 @@ def dense(x: jax.Array, weight: Any, *, split: Split = None, out_dtype: Any = No
         low_rank = dense(x, weight.a, out_dtype=jnp.float32) * weight.share
         out = dense(x, weight.base, split=split, out_dtype=out_dtype)
         return out + dense(low_rank.astype(x.dtype), weight.b).astype(out.dtype)
+    if isinstance(weight, PackedWeight):
+        return packed_product(x, weight, out_dtype=out_dtype)
     if isinstance(weight, PalettizedWeight):
         weight = weight.dequantize()
     return _product(x, weight, split, jnp.dtype(out_dtype or x.dtype))

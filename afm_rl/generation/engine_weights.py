@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from afm_rl.config import ModelConfig
+from afm_rl.generation.packed_weight import PackedWeight, cannot_pack, pack
 from afm_rl.lora import PROJECTIONS, BankedLora, LoraWeight, projection_shapes
 from afm_rl.parameters import Params, ParamSpec, param_specs
 from afm_rl.quantized import Int8Embedding, PalettizedWeight
@@ -47,11 +48,19 @@ def prepare(params: Params, config: ModelConfig, dtype: Any) -> dict[str, Any]:
         if found.get(name) != shape:
             raise ValueError(f"the weights' {name} is {found.get(name, 'missing')}, the model needs {shape}")
     layers = tuple(
-        {name: _matrix(_of_layer(leaf, index), dtype) for name, leaf in params["layers"].items()}
+        {name: _packed(_matrix(_of_layer(leaf, index), dtype)) for name, leaf in params["layers"].items()}
         for index in range(config.num_layers)
     )
     outer = {k: jax.tree.map(lambda w: _matrix(w, dtype), v, is_leaf=_is_leaf) for k, v in params.items() if k != "layers"}
+    output = "embed" if config.tie_embeddings else "lm_head"
+    outer[output] = {"weight": _packed(outer[output]["weight"])}
     return {**outer, "layers": layers}
+
+
+def embed(base: Mapping[str, Any], token_N: Any) -> jax.Array:
+    """The embeddings of tokens, [N, D]; the table may be packed, where it is also the output's."""
+    table = base["embed"]["weight"]
+    return table.rows(token_N) if isinstance(table, PackedWeight) else jnp.take(table, token_N, axis=0)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -79,6 +88,13 @@ def _matrix(leaf: Any, dtype: Any) -> Any:
     if leaf.ndim < 2 or leaf.dtype == dtype:
         return _placed(leaf)
     return jnp.asarray(leaf).astype(dtype)
+
+
+def _packed(leaf: Any) -> Any:
+    """Laid out for the compiled product, where this machine has it."""
+    if isinstance(leaf, LoraWeight):
+        return LoraWeight(_packed(leaf.base), leaf.a, leaf.b, leaf.scale)
+    return leaf if leaf.ndim < 2 or cannot_pack(leaf) is not None else pack(leaf)
 
 
 def _placed(leaf: Any) -> jax.Array:

@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from afm_rl.config import ModelConfig
-from afm_rl.generation.engine_weights import EngineWeights, with_adapters
+from afm_rl.generation.engine_weights import EngineWeights, embed, with_adapters
 from afm_rl.generation.options import EngineOptions
 from afm_rl.generation.paged_attention import Implementation, paged_attention
 from afm_rl.generation.paged_cache import Array, FlatTokens, PagedCache
 from afm_rl.generation.sampling import draw_full, draw_plain, scores, uniforms
 from afm_rl.generation.sampling_rows import MAX_TOP, FullRows
-from afm_rl.model import block, embedding_table, logits, rms_norm, rotation
+from afm_rl.model import block, logits, rms_norm, rotation
 
 #: Pages copied by one call.
 COPIES = 64
@@ -97,7 +97,7 @@ def flat_forward(
     config = static.config
     layers = with_adapters(weights, adapter_R[tokens.row_N])
     angles = rotation(jnp.maximum(tokens.position_N, 0), config)
-    x = jnp.take(embedding_table(weights.base), tokens.token_N, axis=0).astype(static.dtype)
+    x = embed(weights.base, tokens.token_N).astype(static.dtype)
     for index, layer in enumerate(layers):
         attend = partial(_attend, cache=cache, layer=index, tokens=tokens, static=static)
         x, cache = block(x, layer, config=config, angles=angles, attend=attend)

@@ -5,13 +5,12 @@ Shapes: R rows, I inputs, O outputs, B blocks of 32 outputs, S steps, P inputs o
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import jax
 
 from afm_rl.generation import packed_product_kernel as kernel
-from afm_rl.generation.cpu_compile import compile_function, register, sources_digest
+from afm_rl.generation.cpu_compile import compile_function, register, sources_digest, target
 from afm_rl.generation.cpu_ffi import describes_itself, run
 from afm_rl.generation.cpu_memory import symbol_address
 from afm_rl.generation.cpu_vector import shape_of
@@ -20,24 +19,25 @@ from afm_rl.generation.cpu_vector import shape_of
 _MOST_TOGETHER = 8
 
 
-@cache
 def _target(together: int) -> str:
     """The name under which XLA knows the kernel for at least so many rows, a power of two up to _MOST_TOGETHER."""
-    name = f"afm_rl_packed_product_{together}"
-    task = f"{name}_task_{sources_digest([__file__, kernel.__file__])}"
 
-    def work(context: int) -> int:
-        kernel.work(context, shape_of(16, together))
-        return 0
+    def build(name: str) -> None:
+        task = f"{name}_task_{sources_digest([__file__, kernel.__file__])}"
 
-    def handler(frame: int) -> int:
-        if not describes_itself(frame):
-            run(frame, kernel.start(frame), symbol_address(task))
-        return 0
+        def work(context: int) -> int:
+            kernel.work(context, shape_of(16, together))
+            return 0
 
-    compile_function(work, task)
-    register(name, compile_function(handler, task.replace("task", "handler")))
-    return name
+        def handler(frame: int) -> int:
+            if not describes_itself(frame):
+                run(frame, kernel.start(frame), symbol_address(task))
+            return 0
+
+        compile_function(work, task)
+        register(name, compile_function(handler, task.replace("task", "handler")))
+
+    return target(f"afm_rl_packed_product_{together}", build)
 
 
 def packed_product_cpu(x_RI: jax.Array, blocks_BSP: jax.Array, *, out_dtype: Any) -> jax.Array:

@@ -5,7 +5,6 @@ Shapes: N tokens, Q query heads, K kv heads, H head dim.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import jax
@@ -13,32 +12,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from afm_rl.generation import paged_attention_kernel as kernel
-from afm_rl.generation.cpu_compile import compile_function, register, sources_digest
+from afm_rl.generation.cpu_compile import compile_function, register, sources_digest, target
 from afm_rl.generation.cpu_ffi import describes_itself, run
 from afm_rl.generation.cpu_memory import symbol_address
 from afm_rl.generation.cpu_vector import count, shape_of, shared
 from afm_rl.generation.paged_cache import FlatTokens, PagedCache
 
 
-@cache
 def _target(heads_per_kv: int, width: int) -> str:
     """The name under which XLA knows the kernel for so many query heads per kv head and vectors of `width` floats."""
-    name = f"afm_rl_paged_attention_{heads_per_kv}x{width}"
-    task = f"{name}_task_{sources_digest([__file__, kernel.__file__])}"
 
-    def work(context: int) -> int:
-        kernel.work(context, shape_of(width, heads_per_kv))
-        return 0
+    def build(name: str) -> None:
+        task = f"{name}_task_{sources_digest([__file__, kernel.__file__])}"
 
-    def handler(frame: int) -> int:
-        if not describes_itself(frame):
-            rows = shape_of(width, heads_per_kv)
-            run(frame, kernel.start(frame, count(shared(rows)) // count(rows)), symbol_address(task))
-        return 0
+        def work(context: int) -> int:
+            kernel.work(context, shape_of(width, heads_per_kv))
+            return 0
 
-    compile_function(work, task)
-    register(name, compile_function(handler, task.replace("task", "handler")))
-    return name
+        def handler(frame: int) -> int:
+            if not describes_itself(frame):
+                rows = shape_of(width, heads_per_kv)
+                run(frame, kernel.start(frame, count(shared(rows)) // count(rows)), symbol_address(task))
+            return 0
+
+        compile_function(work, task)
+        register(name, compile_function(handler, task.replace("task", "handler")))
+
+    return target(f"afm_rl_paged_attention_{heads_per_kv}x{width}", build)
 
 
 def cannot_serve(*, heads_per_kv: int, head_dim: int, page_size: int, dtype: Any) -> str | None:

@@ -85,23 +85,22 @@ class EngineUse:
         return dataclasses.replace(self, running=0, waiting=0, free_pages=0, pages=0)
 
     def metrics(self) -> dict[str, float]:
-        """The metrics of a span of time; NaN where nothing was done that they measure. Tokens a second: of time in steps."""
+        """The metrics of a span of time, without those of what was not done in it. Tokens a second: of time in steps."""
+        shares = {
+            "tokens_per_s": (self.response_tokens, self.busy_s),
+            "batch_occupancy": (self.occupied_row_steps, self.row_steps),
+            "cache_hit_rate": (self.cached_prompt_tokens, self.cached_prompt_tokens + self.prompt_tokens),
+            "queue_depth": (self.queued_steps, self.steps),
+            "accepted_per_step": (self.kept_tokens, self.verified_rows),
+        }
         return {
-            "tokens_per_s": _share(self.response_tokens, self.busy_s),
-            "batch_occupancy": _share(self.occupied_row_steps, self.row_steps),
-            "cache_hit_rate": _share(self.cached_prompt_tokens, self.cached_prompt_tokens + self.prompt_tokens),
-            "queue_depth": _share(self.queued_steps, self.steps),
-            "accepted_per_step": _share(self.kept_tokens, self.verified_rows),
+            **{name: part / whole for name, (part, whole) in shares.items() if whole > 0},
             "preemptions": self.preemptions,
             "response_tokens": self.response_tokens,
             "engine_steps": self.steps,
             "compiled_programs": self.compiled_programs,
             "weights_version": self.version,
         }
-
-
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else math.nan
 
 
 class LiveGauges:
@@ -119,6 +118,6 @@ class LiveGauges:
                 return
             before, self._seen, self._due_s = self._seen, look(), self._clock() + LIVE_EVERY_S
             now = self._seen
-            state = {"running": now.running, "waiting": now.waiting, "free_page_share": _share(now.free_pages, now.pages)}
+            state = {"running": now.running, "waiting": now.waiting, "free_page_share": now.free_pages / max(1, now.pages)}
             values = {**now.since(before).metrics(), **state}
             self._metrics.log(stage=ENGINE_STAGE, task=self._name, step=now.steps, values=values)

@@ -101,15 +101,16 @@ class Committee:
 
     def answer(self, policy: str, requests: Sequence[GenerationRequest]) -> Iterator[Answered]:
         """The answers of a policy as they are finished. Raises RuntimeError when it is not held."""
-        if policy not in self._members:
+        members = self._members
+        if policy not in members:
             raise RuntimeError(
                 f"asked for policy {policy!r}, but no weights of it were delivered here; held: "
-                f"{', '.join(self.members()) or 'none'}"
+                f"{', '.join(sorted(members)) or 'none'}"
             )
-        for name, held in self._members.items():
+        for name, held in members.items():
             if name != policy:
                 held.engine.rest()
-        return self._members[policy].engine.stream(requests)
+        return members[policy].engine.stream(requests)
 
     def use(self) -> EngineUse:
         """What the engines did since this actor was started, and their state."""

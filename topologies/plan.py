@@ -16,6 +16,7 @@ from afm_rl.config import ModelConfig
 from afm_rl.errors import UserError
 from afm_rl.flops import matrix_params
 from topologies import costs
+from topologies.actor_options import Generating
 from topologies.costs import Cost, Machine
 from topologies.schema import Topology
 from topologies.stage_options import SENSITIVITY_BATCH
@@ -145,7 +146,7 @@ def _actors(topology: Topology, config: ModelConfig) -> tuple[ActorPlan, ...]:
     length = PROMPT_TOKENS + max((getattr(stage, "max_tokens", 0) for stage in topology.stages), default=0)
     members = len(topology.stage("itec").members) if "itec" in topology.stage_names else 1
     answering = {
-        role: 2 * weights + at.engine.kv_cache + costs.logits_bytes(config, rows=at.max_batch)
+        role: 2 * weights + _engine_bytes(at, config)
         for role, at in (("sampler", actors.sampler), ("committee", actors.committee))
     }
     scoring = 2 * weights + costs.cache_bytes(config, responses=32, length=length)
@@ -171,6 +172,20 @@ def _actors(topology: Topology, config: ModelConfig) -> tuple[ActorPlan, ...]:
         at = actors.learner
         listed.append(ActorPlan("pretrain", at.processes, at.num_cpus, at.num_gpus, bytes_of["learner"] + process))
     return tuple(listed)
+
+
+def _engine_bytes(role: Generating, config: ModelConfig) -> int:
+    """A cache, logits, and where a small model guesses, its weights and as many pages of its own."""
+    cache, draft = role.engine.kv_cache, role.engine.speculative.draft
+    small = 0
+    if draft is not None:
+        from afm_rl.huggingface import load_config  # imports JAX, which other plans do not need
+
+        guesser = load_config(draft)
+        of_a_token = costs.cache_bytes(config, responses=1, length=1) - costs.logits_bytes(config, rows=1)
+        of_a_guess = costs.cache_bytes(guesser, responses=1, length=1) - costs.logits_bytes(guesser, rows=1)
+        small = costs.params_bytes(guesser) + cache * of_a_guess // of_a_token
+    return cache + small + costs.logits_bytes(config, rows=role.max_batch)
 
 
 def _learner_bytes(topology: Topology, config: ModelConfig) -> int:

@@ -273,9 +273,6 @@ class Topology(Strict):
                 raise problem(f"must be less than model.ffn_dim, {limit}: prune narrows it", at=("small_model", "ffn_dim"))
             if stage.name == "pretrain":
                 self._check_phases(stage, at)
-            if stage.name == "itec" and stage.mdloo.responses > self.actors.sampler.max_batch:
-                limit = self.actors.sampler.max_batch
-                raise problem(f"more than actors.sampler.max_batch, {limit}", at=(*at, "mdloo", "responses"))
             if stage.name == "adapters" and stage.rank not in (ranks := self.stage("recover").ranks):
                 message = f"no recovery adapter of rank {stage.rank} to start from; recover.ranks are {ranks}"
                 raise problem(message, at=(*at, "rank"))

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
+from afm_rl.config import PRESETS
 from afm_rl.errors import UserError
 from afm_rl.generation.options import EngineOptions, Speculation
+from afm_rl.huggingface import save_pretrained
+from afm_rl.parameters import param_specs
 from topologies.costs import Machine
 from topologies.plan import plan
 from topologies.schema import Topology, parse_topology
@@ -109,8 +114,9 @@ def test_a_draft_that_is_not_there_is_found_at_once(tmp_path: Path) -> None:
         load_topology(path)
 
 
-def test_the_plan_counts_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`afm-rl plan`: a sampler needs its cache beside its weights, the committee one cache for all its members."""
+def test_the_plan_counts_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`afm-rl plan`: a sampler needs its cache beside its weights, the committee one cache for all its members;
+    a model that guesses has weights and pages of its own."""
     from topologies import plan as plan_module
 
     monkeypatch.setattr(plan_module, "machine_bytes", lambda: 2**40)
@@ -122,3 +128,8 @@ def test_the_plan_counts_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for role in ("sampler", "committee"):
         assert memory(role, "3GiB") - memory(role, "1GiB") == 2 * 2**30
+    small = PRESETS["tiny"].replace(num_layers=1)
+    params = jax.tree.map(lambda s: np.zeros(s.shape, np.float32), param_specs(small), is_leaf=lambda x: hasattr(x, "std"))
+    save_pretrained(params, tmp_path / "small", config=small)
+    draft = memory("sampler", f"3GiB, speculative: {{kind: draft, draft: {tmp_path / 'small'}}}") - memory("sampler", "3GiB")
+    assert draft == 4 * small.num_params + 3 * 2**30 // PRESETS["tiny"].num_layers

@@ -102,7 +102,7 @@ def test_the_learners_time_is_a_table_by_job() -> None:
 
 def test_what_engines_did_is_a_table_by_stage() -> None:
     """A sampler's row of a stage is shown, the rows of a stage's iterations are not; what was not measured is a dash."""
-    done = {"response_tokens": 1200, "tokens_per_s": 345.6, "batch_occupancy": 0.875, "cache_hit_rate": None}
+    done = {"response_tokens": 1200, "tokens_per_s": 345.6, "batch_occupancy": 0.875}
     done |= {"queue_depth": 1.25, "preemptions": 3, "compiled_programs": 7, "stage": "engine", "time": 0.0}
     rows = [{**done, "task": "sft/sampler-0", "step": 0}, {**done, "task": "itec-1-mdloo/sampler-1", "step": 0}]
     shown = timings_section(Report(name="r", total_s=9, stages=[StageResult(name="sft", seconds=5)]), rows)

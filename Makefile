@@ -31,7 +31,7 @@ run: $(STAMP)
 
 test: $(STAMP)
 	@echo "==> fast tests"
-	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m "not slow"
+	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 	@echo "==> slow tests (they start Ray)"
 	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow
 

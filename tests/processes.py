@@ -1,4 +1,4 @@
-"""What /proc says of processes that may end while it is read: then opening or reading raises, and there is nothing to say."""
+"""What /proc says of processes that may end while it is read, when opening or reading raises."""
 
 from __future__ import annotations
 

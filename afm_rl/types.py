@@ -150,7 +150,8 @@ class Group:
     """The G responses of one request, with what the sampler knew: its own log-probabilities and its policy's version.
 
     A response sampled while weights were updated in flight has tokens of several versions: `versions` then says which made
-    each; `version` is the one that the group was begun with.
+    each; `version` is the one that the group was begun with. In a conversation of several turns the response holds what the
+    environment said too: `actions` is then True on the tokens that the policy chose, and only those are trained on.
     """
 
     id: str
@@ -161,6 +162,7 @@ class Group:
     policy: str
     version: int
     versions: tuple[np.ndarray, ...] = ()  # G x [T_g] int32 where any token is of another version, else empty
+    actions: tuple[np.ndarray, ...] = ()  # G x [T_g] bool where the environment wrote any token, else empty
     top: tuple[TopLogprobs, ...] = ()  # G, where options.logprobs asked for them
     prompt_logp_T: np.ndarray | None = None  # [T] float32, the first NaN, where options.prompt_logprobs asked for it
     prompt_top: TopLogprobs | None = None
@@ -184,12 +186,33 @@ class Answered:
 
 @dataclass(frozen=True)
 class ScoredGroup:
-    """A group with its rewards; `valid_G` False marks a response whose reward could not be computed."""
+    """A group with its rewards; `valid_G` False marks a response whose reward could not be computed, `problems` says why."""
 
     group: Group
     reward_G: np.ndarray  # [G] float32
     valid_G: np.ndarray  # [G] bool
     components: Mapping[str, np.ndarray] = field(default_factory=dict)  # name -> [G] float32
+    problems: tuple[str, ...] = ()  # G, "" where a response is valid; empty where all are
+
+
+@dataclass(frozen=True)
+class TrainedGroup:
+    """What the learner found of a group that it updated on: per response, sums over its own tokens in nats."""
+
+    id: str
+    advantage_G: np.ndarray  # [G] float32, 0 where a response did not count
+    counted_G: np.ndarray  # [G] bool, part of the update
+    logp_G: np.ndarray  # [G] float32, log pi_theta_k
+    ref_logp_G: np.ndarray  # [G] float32, log pi_ref
+    mismatch_G: np.ndarray  # [G] float32, largest |log p(sampler) - log p(learner)| of a token
+
+
+@dataclass(frozen=True)
+class PolicyUpdate:
+    """The learner's report of one policy-update stage."""
+
+    metrics: Mapping[str, float]
+    groups: tuple[TrainedGroup, ...]
 
 
 @dataclass(frozen=True)

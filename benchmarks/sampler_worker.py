@@ -132,7 +132,7 @@ def main() -> None:
     compute = Compute(dtype=job["dtype"])
 
     def score(ids: Sequence[int]) -> np.ndarray:
-        hidden_BTD, _ = forward(params, jnp.asarray([ids], jnp.int32), config=config, compute=compute)
+        hidden_BTD = forward(params, jnp.asarray([ids], jnp.int32), config=config, compute=compute)
         return np.asarray(logits(params, hidden_BTD[:, -1], config)[0])
 
     serve(

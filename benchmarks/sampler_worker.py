@@ -9,16 +9,15 @@ Everything runs through the product's facade, `afm_rl.generate.Generator`. Besid
 from __future__ import annotations
 
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from peers.workload import Workload, make_prompts, serve
+from timing import seconds_of
 
 from afm_rl.compute import Compute
 from afm_rl.config import ModelConfig
@@ -93,17 +92,6 @@ def alone(generator: Generator, workload: Workload) -> dict[str, Any]:
             total, differing, parted = total + len(a_T), differing + len(unequal), parted + bool(len(unequal))
             same_context += int(unequal[0]) + 1 if len(unequal) else len(a_T)
     return {"tokens": total, "differing": differing, "parted": parted, "same_context": same_context}
-
-
-def seconds_of(run: Callable[[], Any], *, reps: int) -> float:
-    """Median seconds of `reps` runs after one that compiles."""
-    jax.block_until_ready(run())
-    seconds = []
-    for _ in range(reps):
-        before = time.perf_counter()
-        jax.block_until_ready(run())
-        seconds.append(time.perf_counter() - before)
-    return statistics.median(seconds)
 
 
 def machine(rows: int) -> dict[str, Any]:

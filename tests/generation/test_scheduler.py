@@ -29,7 +29,7 @@ class Machine:
 
     def ask(self, name: str, prompt: list[int], *, responses: int = 1, max_tokens: int = 4) -> Job:
         assert page_need(len(prompt), max_tokens, PAGE) <= self.pool.pages
-        job = Job(GenerationRequest(name, np.array(prompt, np.int32), responses, max_tokens), self.arrivals, ())
+        job = Job(GenerationRequest(name, np.array(prompt, np.int32), responses, max_tokens), (), self.arrivals)
         job.responses = [Response(job, j) for j in range(responses)]
         self.arrivals += 1
         self.jobs.append(job)

@@ -63,7 +63,7 @@ def hidden_states(
         compute=compute,
         dropout_rate=dropout_rate,
         key=key,
-    )[0]
+    )
 
 
 def target_scores(

@@ -114,7 +114,7 @@ def test_log_probabilities_and_held_out_loss(tmp_path: Path, folders: dict[str, 
 
 @jax.jit
 def full_logits(params: Any, tokens_BT: jax.Array) -> jax.Array:
-    return logits(params, forward(params, tokens_BT, config=CONFIG)[0], CONFIG)
+    return logits(params, forward(params, tokens_BT, config=CONFIG), CONFIG)
 
 
 def np_logps(params: Any, batch: Batch, temperature: float = 1.0) -> np.ndarray:

@@ -25,9 +25,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from actors.failures import DataError, InfrastructureError
 from actors.host import ActorLostError, Pending
 from actors.streams import END, MAX_STREAMS, REVIVAL_DEADLINE_S, Stream, StreamingHandle, ready
-from afm_rl.errors import UserError
 from afm_rl.types import Answered, GenerationRequest, Group, Refused
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 REFILL = 0.25
 
 
-class RequestsRefusedError(UserError):
+class RequestsRefusedError(DataError):
     """Some requests can never run; all others have been answered."""
 
     def __init__(self, refused: Sequence[Refused], *, answered: int) -> None:
@@ -45,7 +45,7 @@ class RequestsRefusedError(UserError):
         self.refused = tuple(refused)
 
 
-class SamplersLostError(RuntimeError):
+class SamplersLostError(InfrastructureError):
     """No sampler is left to answer."""
 
 

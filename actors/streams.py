@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from actors.host import (
@@ -21,6 +22,7 @@ from actors.host import (
     DeadlineError,
     Handle,
     InlineHandle,
+    OtherLifeError,
     Pending,
     RayHandle,
     RayPending,
@@ -59,11 +61,14 @@ class StreamingHandle(Handle, Protocol):
     def stream(self, method: str, *args: Any, **kwargs: Any) -> Stream:
         """Start a call of a method that is a generator."""
 
+    def submit_in(self, life: str, method: str, *args: Any) -> Pending:
+        """As `submit`, in that life of the actor only; OtherLifeError in a later one."""
+
     def end(self) -> None:
         """Kill the actor's process, working or stopped; what it was doing is lost, and it starts anew."""
 
     def revive(self) -> Pending:
-        """A call that ends once a lost actor answers again; ActorLostError where it never will."""
+        """A call that ends, with a name for its life, once a lost actor answers again, or in ActorLostError."""
 
 
 def items(stream: Stream, *, deadline_s: float = DEFAULT_DEADLINE_S) -> Iterator[Any]:
@@ -108,11 +113,26 @@ class InlineStreamingHandle(InlineHandle):
     def stream(self, method: str, *args: Any, **kwargs: Any) -> Stream:
         return _InlineStream(f"{self.name}.{method}", self._host.stream(0, method, kwargs, *call_arguments(args)))
 
+    def submit_in(self, life: str, method: str, *args: Any) -> Pending:
+        try:
+            return self._done(method, self._host.run_in(life, method, {}, *call_arguments(args)))
+        except OtherLifeError as error:
+            return _Refused(f"{self.name}.{method}", error)
+
     def end(self) -> None:
         self._host = self._construct()
 
     def revive(self) -> Pending:
         return self.ping()
+
+
+@dataclass(frozen=True)
+class _Refused:
+    what: str
+    error: OtherLifeError
+
+    def result(self, timeout_s: float) -> Any:  # noqa: ARG002 (the face of Pending; an inline call has already ended)
+        raise self.error
 
 
 class _InlineStream:
@@ -138,6 +158,10 @@ class RayStreamingHandle(RayHandle):
         call = self._actor.stream.options(num_returns="streaming", concurrency_group=STREAM_GROUP, name=what)
         generator = call.remote(number, method, kwargs, *call_arguments(args))
         return RayStream(what, generator, self._aside("end_stream"), number)
+
+    def submit_in(self, life: str, method: str, *args: Any) -> Pending:
+        what = f"{self.name}.{method}"
+        return RayPending(what, self._actor.run_in.options(name=what).remote(life, method, {}, *call_arguments(args)))
 
     def ping(self) -> Pending:
         return RayPending(f"the placement of {self.name}", self._aside("ping").remote())

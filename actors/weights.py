@@ -13,20 +13,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from actors.failures import DataError, InfrastructureError
 from actors.host import ActorLostError, Handle, Pending, call, gather
 from actors.sampler import PolicySpec
 from actors.streams import REVIVAL_DEADLINE_S, StreamingHandle
-from afm_rl.errors import UserError
 from afm_rl.huggingface import load_params
 from afm_rl.types import Weights
 from afm_rl.weights import DigestMismatchError, flatten
 
 
-class WeightsOutOfSyncError(RuntimeError):
+class WeightsOutOfSyncError(InfrastructureError):
     """A receiver acknowledged, or used, other weights than those published."""
 
 
-class WeightsRefusedError(UserError):
+class WeightsRefusedError(DataError):
     """A receiver would not take the weights it was given, and goes on with those it had."""
 
 

@@ -6,10 +6,12 @@ nothing is ever trained or measured on the wrong policy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from actors.dispatch import DispatchOptions, generate_all
+import numpy as np
+
+from actors.dispatch import DispatchOptions, generate
 from actors.engine_use import EngineUse
 from actors.host import Handle, Pending, call
 from actors.metrics import ENGINE_STAGE, Metrics
@@ -74,15 +76,26 @@ class Generators:
 
     def answer(self, policy: str, requests: Sequence[GenerationRequest]) -> list[Group]:
         """The answers of a policy given before, in order. Raises as `generate` does, and WeightsOutOfSyncError."""
-        given = self._given[policy]
-        groups = generate_all(self._handles, requests, policy=policy, options=self._dispatch)
-        for group in groups:
-            if (group.policy, group.version) != (policy, given.version):
+        by_id = {group.id: group for group in self.answers(policy, requests)}
+        return [by_id[request.id] for request in requests]
+
+    def answers(self, policy: str, requests: Sequence[GenerationRequest]) -> Iterator[Group]:
+        """The answers of a policy given before, each as it is finished; ids must differ. Raises as `answer` does.
+
+        Tokens may be of the version given last before the call, or of any that was given since.
+        """
+        first = self._given[policy].version
+        for group in generate(self._handles, requests, policy=policy, options=self._dispatch):
+            assert isinstance(group, Group)
+            last = self._given[policy].version
+            used = {group.version, *(int(v) for versions in group.versions for v in np.unique(versions))}
+            if group.policy != policy or not all(first <= version <= last for version in used):
+                wanted = f"version {first}" if first == last else f"versions {first} to {last}"
                 raise WeightsOutOfSyncError(
-                    f"request {group.id!r} was answered by {group.policy!r} version {group.version} instead of "
-                    f"{policy!r} version {given.version}"
+                    f"request {group.id!r} was answered by {group.policy!r} version "
+                    f"{', '.join(map(str, sorted(used)))} instead of {policy!r} {wanted}"
                 )
-        return groups
+            yield group
 
     def look(self) -> Looks:
         """What every engine did so far."""

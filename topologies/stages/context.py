@@ -32,6 +32,7 @@ from afm_rl.types import GenerationRequest, Group, Prompt
 from topologies.generators import Generators
 from topologies.journal import Journal
 from topologies.progress import ProgressView
+from topologies.rewards import Rewards
 from topologies.run_folder import RunFolder
 from topologies.schema import Topology
 from topologies.system import System
@@ -73,6 +74,7 @@ class Context:
         actors, system = self.topology.actors, self.system
         self.samplers = Generators(system.samplers, system.store, actors.sampler)
         self.committee = Generators(system.committee, system.store, actors.committee)
+        self.rewards = Rewards(system.rewards)
 
     @property
     def seed(self) -> int:

@@ -16,7 +16,7 @@ groups are consumed; later ones that are on disk, made by the very weights that 
 
 from __future__ import annotations
 
-import logging
+import dataclasses
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from actors.host import call
-from actors.jobs import TrainingJob
+from actors.jobs import OnlineSettings, TrainingJob
 from actors.reward import RewardSpec
 from afm_rl.errors import UserError
 from afm_rl.generate import request_seed
@@ -36,10 +36,8 @@ from topologies.online.ledger import Ledger, consumed_below
 from topologies.online.producer import Producer, Sources, Spent
 from topologies.online.rollouts import Rollout, RolloutFiles
 from topologies.online.tickets import Ticket, tickets_of
-from topologies.stage_options import OnlineTraining
+from topologies.online_options import OnlineTraining
 from topologies.stages.context import Context, Policy
-
-log = logging.getLogger(__name__)
 
 
 def train_online(
@@ -162,7 +160,7 @@ class _Loop:
     def _update(self, iteration: int, batch: Sequence[Rollout]) -> PolicyUpdate:
         consumed = consumed_below(iteration + 1, count=self._options.prompts)
         scored = [rollout.scored for rollout in batch]
-        update = self._ctx.learner("update_policy", iteration, scored, self._options.settings(), consumed)
+        update = self._ctx.learner("update_policy", iteration, scored, online_settings(self._options), consumed)
         self._files.add_update(iteration, update)
         self._ledger.consumed(iteration, [one.group.id for one in scored])
         if (keep := self._options.keep_rollouts) is not None:
@@ -191,6 +189,12 @@ class _Loop:
             temperature=self._options.temperature,
             seed=request_seed(self._ctx.seed, self._policy.name, ticket.id),
         )
+
+
+def online_settings(options: OnlineTraining) -> OnlineSettings:
+    """As the learner takes them."""
+    names = {field.name for field in dataclasses.fields(OnlineSettings)}
+    return OnlineSettings(**{name: value for name, value in options.model_dump().items() if name in names})
 
 
 def fitting_prompts(ctx: Context, options: OnlineTraining) -> list[Prompt]:

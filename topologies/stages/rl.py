@@ -31,7 +31,9 @@ def run(ctx: Context, options: RlStage) -> StageResult:
         title=f"Online RL: {options.algorithm}",
         paper="4.3.3, E.2",
         figures=[
-            Figure(label="greedy accuracy", value=percent(after.greedy), unit="%", note=f"before: {percent(before.greedy)} %"),
+            Figure(
+                label="greedy accuracy", value=percent(after.greedy), unit="%", note=f"before: {percent(before.greedy)} %"
+            ),
             Figure(
                 label="sampled accuracy", value=percent(after.sampled), unit="%", note=f"before: {percent(before.sampled)} %"
             ),

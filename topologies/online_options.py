@@ -23,8 +23,8 @@ class RewardWeights(Strict):
 class OnlineTraining(Strict):
     """`prompts` x `responses` an iteration, then `inner_steps` updates on them by the algorithm.
 
-    `max_staleness` s lets samplers run up to s versions ahead of the update; `buffer` bounds the groups that are asked for and
-    not trained on (default: what the staleness can use).
+    `max_staleness` s lets samplers run up to s versions ahead of the update; `buffer` bounds the groups that are asked for
+    and not trained on (default: what the staleness can use).
     """
 
     algorithm: Algorithm = "mdloo"  # paper 4.3.3; the others are there to compare with

@@ -55,7 +55,7 @@ def train_online(
     """
     job = TrainingJob(
         task=policy.name,
-        objective=options.algorithm,
+        objective="online",
         optimizer=OptimizerSpec(
             "adamw",
             options.learning_rate,
@@ -66,7 +66,6 @@ def train_online(
         checkpoint_folder=str(ctx.checkpoints(policy.name)),
         init=str(start.folder),
         frozen={"reference": str(start.folder)},
-        options=options.objective_options(),
         checkpoint_every=ctx.topology.checkpoints.iterations,
         seed=ctx.seed,
     )
@@ -75,9 +74,13 @@ def train_online(
         loop = _Loop(ctx, options, stage=stage, start=start, policy=policy)
         folder = None if reward_model is None else str(reward_model.folder)
         ctx.rewards.load(RewardSpec(str(ctx.tokenizer_folder), folder, options.reward.spec()))
-        ctx.on_learner(job, loop.run)
-        ctx.export(job, policy)
-        ctx.log_goodput(job, step=options.iterations)
+
+        def from_iteration(first: int) -> None:
+            loop.run(first)
+            ctx.export(job, policy)
+            ctx.log_goodput(job, step=options.iterations)
+
+        ctx.on_learner(job, from_iteration)
 
     ctx.once(f"train/{policy.name}", work)
     ctx.drop_checkpoints(ctx.checkpoints(policy.name))
@@ -144,7 +147,8 @@ class _Loop:
         clock = _Clock(published_s - began_s, waited_s - published_s, time.perf_counter() - waited_s)
         use = self._ctx.samplers.log(self._ctx.metrics, engines, task=self._policy.name, step=iteration)
         values = {f"sampler_{name}": value for name, value in use.items()}
-        values |= loop_metrics(clock, producer.spent(iteration)) | reward_metrics([rollout.scored for rollout in batch])
+        values |= loop_metrics(clock, producer.spent(iteration), overlapping=self._options.max_staleness > 0)
+        values |= reward_metrics([rollout.scored for rollout in batch])
         values |= {"policy_version": iteration, "queue_depth": buffer.depth, "weights_in_sync": self._ctx.samplers.in_sync()}
         self._ctx.metrics.log(stage=self._stage, task=self._policy.name, step=iteration, values={**update.metrics, **values})
 
@@ -214,16 +218,17 @@ def fitting_prompts(ctx: Context, options: OnlineTraining) -> list[Prompt]:
     return fitting
 
 
-def loop_metrics(clock: _Clock, spent: Spent) -> dict[str, float]:
-    """Where an iteration's time went. The samplers wait for weights and room, and in the synchronous loop for the update."""
+def loop_metrics(clock: _Clock, spent: Spent, *, overlapping: bool) -> dict[str, float]:
+    """Where an iteration's time went. Overlapping samplers wait for weights and room, others for all that is not theirs."""
+    whole_s = clock.publish_s + clock.wait_s + clock.update_s
     return {
         "publish_s": clock.publish_s,
         "learner_wait_s": clock.wait_s,
         "update_s": clock.update_s,
         "generate_s": spent.generate_s,
         "reward_s": spent.reward_s,
-        "sampler_wait_s": spent.wait_s,
-        "iteration_s": clock.publish_s + clock.wait_s + clock.update_s,
+        "sampler_wait_s": spent.wait_s if overlapping else max(0.0, whole_s - spent.generate_s),
+        "iteration_s": whole_s,
         "tokens_per_s": spent.tokens / max(spent.generate_s, 1e-9),
         "groups_replayed": spent.replayed,
         "groups_discarded": spent.discarded,

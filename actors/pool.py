@@ -24,17 +24,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from actors.failures import InfrastructureError
+from actors.failures import ActorsLostError
 from actors.host import DEFAULT_DEADLINE_S, ActorLostError, OtherLifeError, Pending
 from actors.streams import REVIVAL_DEADLINE_S, Stream, StreamingHandle, ready
 
 log = logging.getLogger(__name__)
 
 Wait = Callable[[Sequence[Pending | Stream], float], list[Pending | Stream]]
-
-
-class ActorsLostError(InfrastructureError):
-    """No actor is left to do the work."""
 
 
 @dataclass

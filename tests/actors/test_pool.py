@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from actors.failures import ActorsLostError
 from actors.host import ActorLostError
-from actors.pool import ActorsLostError, Pool
+from actors.pool import Pool
 from actors.streams import InlineStreamingHandle
 
 

@@ -149,7 +149,8 @@ class _Loop:
         values = {f"sampler_{name}": value for name, value in use.items()}
         values |= loop_metrics(clock, producer.spent(iteration), overlapping=self._options.max_staleness > 0)
         values |= reward_metrics([rollout.scored for rollout in batch])
-        values |= {"policy_version": iteration, "queue_depth": buffer.depth, "weights_in_sync": self._ctx.samplers.in_sync()}
+        values |= {"policy_version": iteration, "queue_depth": buffer.depth}
+        values |= self._ctx.samplers.sync(self._policy.name).metrics
         self._ctx.metrics.log(stage=self._stage, task=self._policy.name, step=iteration, values={**update.metrics, **values})
 
     def _publish(self, version: int, producer: Producer) -> None:

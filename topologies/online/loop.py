@@ -150,7 +150,7 @@ class _Loop:
         values |= loop_metrics(clock, producer.spent(iteration), overlapping=self._options.max_staleness > 0)
         values |= reward_metrics([rollout.scored for rollout in batch])
         values |= {"policy_version": iteration, "queue_depth": buffer.depth}
-        values |= self._ctx.samplers.sync(self._policy.name).metrics
+        values |= self._ctx.samplers.sync(self._policy.name).metrics()
         self._ctx.metrics.log(stage=self._stage, task=self._policy.name, step=iteration, values={**update.metrics, **values})
 
     def _publish(self, version: int, producer: Producer) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, model_validator
 
 from pretrain.tokenizer_training import MIN_VOCAB_SIZE
+from topologies.online_options import OnlineAlgorithm
 from topologies.strict import Count, CountOrZero, Fraction, Positive, PositiveOrZero, Strict, nearest, one_of, problem
 
 PhaseName = Annotated[str, one_of("pre-training stage", ("core", "continued", "context_lengthening"))]
@@ -188,20 +189,15 @@ class RewardWeights(Strict):
     verifier: PositiveOrZero = 0.0
 
 
-class MdlooTraining(Strict):
-    """MDLOO (4.3.3, E.2): `prompts` x `responses` an iteration, then `inner_steps` updates on them."""
+class OnlineTraining(OnlineAlgorithm):
+    """Online RL (4.3.3, E.2): `prompts` x `responses` an iteration, then up to `inner_steps` updates on them."""
 
     iterations: Count = 20
     prompts: Count = 16
     responses: Annotated[int, Field(ge=2)] = 8  # the leave-one-out baseline needs another one
-    inner_steps: Annotated[int, Field(ge=2)] = 2  # with one, the KL to theta_k has gradient 0 and gamma does nothing
-    beta: PositiveOrZero = 0.05  # per nat of KL to the reference, inside R
-    gamma: PositiveOrZero = 1.0  # reward per nat of sequence KL to theta_k
     learning_rate: Positive = 2e-5
     end_fraction: Fraction = 1.0  # of the learning rate at the last step, by a cosine; 1: constant
     warmup_steps: CountOrZero = 10
-    microbatch: Count = 64  # responses that share a forward pass; bounds the learner's memory
-    temperature: Positive = 1.0
     max_tokens: Count = 32
     reward: RewardWeights = RewardWeights()
 
@@ -228,7 +224,7 @@ class ItecStage(StageOptions):
     rs: FineTuning = FineTuning()
     dpo: PreferenceTraining = PreferenceTraining()
     ipo: PreferenceTraining = PreferenceTraining()
-    mdloo: MdlooTraining = MdlooTraining()
+    mdloo: OnlineTraining = OnlineTraining()
 
     @property
     def preference_length(self) -> int:

@@ -19,23 +19,23 @@ from collections.abc import Sequence
 import numpy as np
 
 from actors.host import call, gather, spread
-from actors.jobs import MdlooSettings, TrainingJob
+from actors.jobs import OnlineSettings, TrainingJob
 from actors.reward import RewardSpec
 from afm_rl.generate import request_seed
 from afm_rl.packing import epoch_rows
 from afm_rl.recipe import OptimizerSpec
 from afm_rl.types import Group, Prompt, ScoredGroup
-from topologies.stage_options import MdlooTraining
+from topologies.stage_options import OnlineTraining
 from topologies.stages.context import Context, Policy
 
 
 def train_mdloo(
-    ctx: Context, options: MdlooTraining, *, stage: str, start: Policy, reward_model: Policy, policy: Policy
+    ctx: Context, options: OnlineTraining, *, stage: str, start: Policy, reward_model: Policy, policy: Policy
 ) -> None:
     """Train `policy` from `start`, which is also the frozen reference, against the reward of the topology."""
     job = TrainingJob(
         task=policy.name,
-        objective="mdloo",
+        objective="online",
         optimizer=OptimizerSpec(
             "adamw",
             options.learning_rate,
@@ -46,7 +46,6 @@ def train_mdloo(
         checkpoint_folder=str(ctx.checkpoints(policy.name)),
         init=str(start.folder),
         frozen={"reference": str(start.folder)},
-        options={"gamma": options.gamma, "temperature": options.temperature},
         checkpoint_every=ctx.topology.checkpoints.iterations,
         seed=ctx.seed,
     )
@@ -69,7 +68,7 @@ def train_mdloo(
     ctx.drop_checkpoints(ctx.checkpoints(policy.name))
 
 
-def _iterate(ctx: Context, options: MdlooTraining, iteration: int, *, stage: str, start: Policy, policy: Policy) -> None:
+def _iterate(ctx: Context, options: OnlineTraining, iteration: int, *, stage: str, start: Policy, policy: Policy) -> None:
     """One data-collection stage and one policy-update stage."""
     begin = time.perf_counter()
     published = ctx.system.learner.submit("publish", policy.name, iteration)
@@ -89,13 +88,8 @@ def _iterate(ctx: Context, options: MdlooTraining, iteration: int, *, stage: str
     engines = ctx.samplers.log(ctx.metrics, before, task=policy.name, step=iteration)
     scored = _score(ctx, groups, prompts)
     rewarded = time.perf_counter()
-    settings = MdlooSettings(
-        beta=options.beta,
-        inner_steps=options.inner_steps,
-        temperature=options.temperature,
-        microbatch=options.microbatch,
-    )
-    metrics = ctx.learner("update_mdloo", iteration, scored, settings)
+    settings = OnlineSettings.of(options)
+    metrics = ctx.learner("update_policy", iteration, scored, settings).metrics
     updated = time.perf_counter()
     tokens = sum(len(response) for group in groups for response in group.responses)
     ctx.metrics.log(

@@ -73,7 +73,7 @@ def train_online(
     def work() -> None:
         loop = _Loop(ctx, options, stage=stage, start=start, policy=policy)
         folder = None if reward_model is None else str(reward_model.folder)
-        ctx.rewards.load(RewardSpec(str(ctx.tokenizer_folder), folder, options.reward.spec()))
+        ctx.rewards.load(RewardSpec(str(ctx.tokenizer_folder), folder, options.reward.model_dump()))
 
         def from_iteration(first: int) -> None:
             loop.run(first)

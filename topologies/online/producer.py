@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,7 +35,7 @@ class Sources:
 
     tickets: Callable[[int], Sequence[Ticket]]
     request: Callable[[Ticket], GenerationRequest]
-    answers: Callable[[Sequence[GenerationRequest]], Iterator[Group]]
+    answers: Callable[[Sequence[GenerationRequest]], Generator[Group, None, None]]
     score: Callable[[Sequence[Group], Sequence[Prompt]], Sequence[ScoredGroup]]
     text: Callable[[np.ndarray], str]
 

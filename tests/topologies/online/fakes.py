@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +52,7 @@ class Samplers:
         self.version, self.asked = -1, list[str]()
         self.die_after = die_after
 
-    def answers(self, requests: Sequence[GenerationRequest]) -> Iterator[Group]:
+    def answers(self, requests: Sequence[GenerationRequest]) -> Generator[Group, None, None]:
         """One after the other, the last first."""
         for request in reversed(requests):
             if self.die_after is not None and len(self.asked) >= self.die_after:

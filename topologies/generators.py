@@ -9,7 +9,7 @@ scaling may be called from any thread at any time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 
 import numpy as np
@@ -80,7 +80,7 @@ class Generators:
         found = dict(self._answers(policy, requests))
         return [found[index] for index in range(len(requests))]
 
-    def answers(self, policy: str, requests: Sequence[GenerationRequest]) -> Iterator[Group]:
+    def answers(self, policy: str, requests: Sequence[GenerationRequest]) -> Generator[Group, None, None]:
         """The answers of a policy given before, each as it is finished.
 
         A response's tokens are of the weights given last before the call, or of any given since, and every one of those was

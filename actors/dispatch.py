@@ -28,7 +28,7 @@ from typing import Protocol
 from actors.failures import ActorsLostError, DataError
 from actors.host import ActorLostError, Pending
 from actors.sampler import UnacknowledgedError
-from actors.streams import END, MAX_STREAMS, REVIVAL_DEADLINE_S, Stream, StreamingHandle, ready
+from actors.streams import END, MAX_STREAMS, REVIVAL_DEADLINE_S, Stream, StreamingHandle, Wait, ready
 from afm_rl.types import Answered, GenerationRequest, Group, Refused
 
 log = logging.getLogger(__name__)
@@ -109,9 +109,6 @@ class Members(Protocol):
 
     def causes(self) -> str:
         """Why those who are no longer listed were given up."""
-
-
-Wait = Callable[[Sequence[Pending | Stream], float], list[Pending | Stream]]
 
 
 class Dispatch:

@@ -18,13 +18,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from actors.host import call, gather, spread
+from actors.host import call
 from actors.jobs import MdlooSettings, TrainingJob
 from actors.reward import RewardSpec
 from afm_rl.generate import request_seed
 from afm_rl.packing import epoch_rows
 from afm_rl.recipe import OptimizerSpec
-from afm_rl.types import Group, Prompt, ScoredGroup
+from afm_rl.types import Prompt, ScoredGroup
 from topologies.stage_options import MdlooTraining
 from topologies.stages.context import Context, Policy
 
@@ -62,7 +62,7 @@ def train_mdloo(
 
     def work() -> None:
         spec = RewardSpec(str(ctx.tokenizer_folder), str(reward_model.folder), options.reward.model_dump())
-        gather([handle.submit("load", spec) for handle in ctx.system.rewards])
+        ctx.rewards.load(spec)
         ctx.on_learner(job, from_iteration)
 
     ctx.once(f"train/{policy.name}", work)
@@ -75,7 +75,7 @@ def _iterate(ctx: Context, options: MdlooTraining, iteration: int, *, stage: str
     published = ctx.system.learner.submit("publish", policy.name, iteration)
     digest = call(ctx.system.store, "publish", published)
     ctx.samplers.give(policy.name, iteration, ctx.spec(start), digest=digest, made_by=published)
-    before = ctx.samplers.look()
+    in_sync, before = ctx.samplers.sync(policy.name), ctx.samplers.look()
     prompts = iteration_prompts(ctx.data.prompts, iteration, count=options.prompts, seed=request_seed(ctx.seed, policy.name))
     requests = ctx.requests(
         prompts,
@@ -87,7 +87,7 @@ def _iterate(ctx: Context, options: MdlooTraining, iteration: int, *, stage: str
     groups = ctx.samplers.answer(policy.name, requests)
     generated = time.perf_counter()
     engines = ctx.samplers.log(ctx.metrics, before, task=policy.name, step=iteration)
-    scored = _score(ctx, groups, prompts)
+    scored = ctx.rewards.score(groups, prompts)
     rewarded = time.perf_counter()
     settings = MdlooSettings(
         beta=options.beta,
@@ -108,7 +108,7 @@ def _iterate(ctx: Context, options: MdlooTraining, iteration: int, *, stage: str
             **{f"reward_{name}": value for name, value in _component_means(scored).items()},
             **({"accuracy": _component_means(scored)["verifier"]} if "verifier" in scored[0].components else {}),
             "policy_version": iteration,
-            "weights_in_sync": 1.0,  # `deliver` raises otherwise
+            **in_sync.metrics(),
             "queue_depth": len(scored),  # groups waiting for the learner: all of them, as the loop is synchronous
             "valid_fraction": float(np.mean(np.concatenate([s.valid_G for s in scored]))),
             "tokens_per_s": tokens / (generated - begin),
@@ -124,12 +124,6 @@ def iteration_prompts(prompts: Sequence[Prompt], iteration: int, *, count: int, 
     rows = epoch_rows(iteration, batch=min(count, len(prompts)), rows=len(prompts), seed=seed)
     # An iteration that spans two epochs may draw a prompt twice; it is asked once.
     return sorted((prompts[i] for i in set(rows.tolist())), key=lambda p: p.id)
-
-
-def _score(ctx: Context, groups: Sequence[Group], prompts: Sequence[Prompt]) -> list[ScoredGroup]:
-    shares = zip(spread(ctx.system.rewards, groups), spread(ctx.system.rewards, prompts), strict=True)
-    pending = [handle.submit("score", some, asked) for (handle, some), (_, asked) in shares]
-    return [scored for part in gather(pending) for scored in part]
 
 
 def _component_means(scored: Sequence[ScoredGroup]) -> dict[str, float]:

@@ -303,10 +303,3 @@ def gather(pending: Sequence[Pending], *, deadline_s: float = DEFAULT_DEADLINE_S
 def call(handle: Handle, method: str, *args: Any, deadline_s: float = DEFAULT_DEADLINE_S, **kwargs: Any) -> Any:
     """One call, waited for."""
     return gather([handle.submit(method, *args, **kwargs)], deadline_s=deadline_s)[0]
-
-
-def spread(handles: Sequence[Handle], items: Sequence[Any]) -> list[tuple[Handle, Sequence[Any]]]:
-    """Cut `items` into one contiguous share per handle; the cut depends on the counts alone, so it is reproducible."""
-    size = -(-len(items) // len(handles))
-    shares = [(handle, items[i * size : (i + 1) * size]) for i, handle in enumerate(handles)]
-    return [(handle, share) for handle, share in shares if len(share)]

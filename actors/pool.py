@@ -26,11 +26,9 @@ from typing import Any, Literal
 
 from actors.failures import ActorsLostError
 from actors.host import DEFAULT_DEADLINE_S, ActorLostError, OtherLifeError, Pending
-from actors.streams import REVIVAL_DEADLINE_S, Stream, StreamingHandle, ready
+from actors.streams import REVIVAL_DEADLINE_S, StreamingHandle, Wait, ready
 
 log = logging.getLogger(__name__)
-
-Wait = Callable[[Sequence[Pending | Stream], float], list[Pending | Stream]]
 
 
 @dataclass

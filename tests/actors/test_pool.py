@@ -93,6 +93,14 @@ def test_work_is_shared_in_order() -> None:
     assert three.map("work", [], []) == []
 
 
+@pytest.mark.parametrize(("count", "expected"), [(7, [3, 3, 1]), (3, [1, 1, 1]), (2, [1, 1]), (4, [2, 2]), (0, [])])
+def test_the_cut_depends_on_counts_alone(count: int, expected: list[int]) -> None:
+    """Guards reproducibility: contiguous shares in order, every item once, nobody called with nothing."""
+    three = pool(*(Failing(f"a-{i}", ()) for i in range(3)))
+    three.prepare("load", 1)
+    assert [len(part) for part in three.map("work", range(count), range(count))] == expected
+
+
 def test_a_lost_share_is_done_again_by_a_prepared_actor() -> None:
     """Guards rewards against a death in the middle: same answers, and nobody works before it was prepared anew."""
     two = pool(Failing("a-0", (0,)), Failing("a-1", ()))

@@ -20,6 +20,7 @@ from actors.group import GroupHandle, GroupRestartedError
 from actors.host import call
 from actors.jobs import TrainingJob
 from actors.metrics import GOODPUT_STAGE, Metrics
+from actors.pool import Pool
 from actors.sampler import PolicySpec
 from actors.weights import publish_folder
 from afm_rl.data.dataset import Dataset
@@ -74,7 +75,10 @@ class Context:
         actors, system = self.topology.actors, self.system
         self.samplers = Generators(system.samplers, system.store, actors.sampler)
         self.committee = Generators(system.committee, system.store, actors.committee)
-        self.rewards = Rewards(system.rewards)
+        self.rewards = Rewards(system.rewards, actors.reward)
+        limit_s, max_losses = actors.quantizer.call_deadline_s, actors.quantizer.max_restarts
+        self.quantizers = Pool("quantizer", system.quantizers, deadline_s=limit_s, max_losses=max_losses)
+        self.annotator = Pool("annotator", [system.annotator])
 
     @property
     def seed(self) -> int:

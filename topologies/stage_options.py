@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, model_validator
 
 from pretrain.tokenizer_training import MIN_VOCAB_SIZE
+from topologies.reward_options import RewardWeights
 from topologies.strict import Count, CountOrZero, Fraction, Positive, PositiveOrZero, Strict, nearest, one_of, problem
 
 PhaseName = Annotated[str, one_of("pre-training stage", ("core", "continued", "context_lengthening"))]
@@ -179,13 +180,6 @@ class PreferenceTraining(Training):
     """DPO or IPO (4.3.2); `beta` is the weight of the reference policy (IPO's tau)."""
 
     beta: Positive = 0.1
-
-
-class RewardWeights(Strict):
-    """R = model * reward model + verifier * checks passed; the verifier scores 0 where a prompt has no checks."""
-
-    model: PositiveOrZero = 1.0
-    verifier: PositiveOrZero = 0.0
 
 
 class MdlooTraining(Strict):

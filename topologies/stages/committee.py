@@ -11,7 +11,6 @@ import msgpack
 import numpy as np
 
 from actors.host import gather, spread
-from actors.reward import RewardSpec
 from afm_rl.types import Demonstration, Pair, Prompt
 from topologies.stage_options import RewardWeights
 from topologies.stages.context import Context, Policy
@@ -130,7 +129,7 @@ def _rewards(
 
 
 def _load(ctx: Context, reward_model: Policy, weights: RewardWeights = LEARNED_ALONE) -> None:
-    spec = RewardSpec(str(ctx.tokenizer_folder), str(reward_model.folder), weights.model_dump())
+    spec = weights.spec(tokenizer_folder=str(ctx.tokenizer_folder), model_folder=str(reward_model.folder))
     gather([handle.submit("load", spec) for handle in ctx.system.rewards])
 
 

@@ -20,7 +20,6 @@ import numpy as np
 
 from actors.host import call, gather, spread
 from actors.jobs import MdlooSettings, TrainingJob
-from actors.reward import RewardSpec
 from afm_rl.generate import request_seed
 from afm_rl.packing import epoch_rows
 from afm_rl.recipe import OptimizerSpec
@@ -61,7 +60,11 @@ def train_mdloo(
         ctx.log_goodput(job, step=options.iterations)
 
     def work() -> None:
-        spec = RewardSpec(str(ctx.tokenizer_folder), str(reward_model.folder), options.reward.model_dump())
+        spec = options.reward.spec(
+            tokenizer_folder=str(ctx.tokenizer_folder),
+            model_folder=str(reward_model.folder),
+            max_tokens=options.max_tokens,
+        )
         gather([handle.submit("load", spec) for handle in ctx.system.rewards])
         ctx.on_learner(job, from_iteration)
 

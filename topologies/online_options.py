@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from afm_rl.algorithms import ALGORITHMS, BASELINES, KL_FORMS, check_choice
 from afm_rl.errors import UserError
+from topologies.reward_options import RewardWeights
 from topologies.strict import Count, CountOrZero, Fraction, Positive, PositiveOrZero, Strict, one_of, problem
 
 
@@ -44,13 +45,6 @@ class OnlineAlgorithm(Strict):
         except UserError as error:
             raise problem(str(error), at=("algorithm",)) from error
         return self
-
-
-class RewardWeights(Strict):
-    """R = model * reward model + verifier * checks passed; the verifier scores 0 where a prompt has no checks."""
-
-    model: PositiveOrZero = 1.0
-    verifier: PositiveOrZero = 0.0
 
 
 class OnlineTraining(OnlineAlgorithm):

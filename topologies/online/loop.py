@@ -26,7 +26,6 @@ import numpy as np
 
 from actors.host import call
 from actors.jobs import OnlineSettings, TrainingJob
-from actors.reward import RewardSpec
 from afm_rl.errors import UserError
 from afm_rl.generate import request_seed
 from afm_rl.recipe import OptimizerSpec
@@ -72,8 +71,12 @@ def train_online(
 
     def work() -> None:
         loop = _Loop(ctx, options, stage=stage, start=start, policy=policy)
-        folder = None if reward_model is None else str(reward_model.folder)
-        ctx.rewards.load(RewardSpec(str(ctx.tokenizer_folder), folder, options.reward.model_dump()))
+        spec = options.reward.spec(
+            tokenizer_folder=str(ctx.tokenizer_folder),
+            model_folder=None if reward_model is None else str(reward_model.folder),
+            max_tokens=options.max_tokens,
+        )
+        ctx.rewards.load(spec)
 
         def from_iteration(first: int) -> None:
             loop.run(first)

@@ -10,7 +10,6 @@ from pathlib import Path
 import msgpack
 import numpy as np
 
-from actors.reward import RewardSpec
 from afm_rl.types import Demonstration, Pair, Prompt
 from topologies.stage_options import RewardWeights
 from topologies.stages.context import Context, Policy
@@ -125,7 +124,8 @@ def _rewards(
 
 
 def _load(ctx: Context, reward_model: Policy, weights: RewardWeights = LEARNED_ALONE) -> None:
-    ctx.rewards.load(RewardSpec(str(ctx.tokenizer_folder), str(reward_model.folder), weights.model_dump()))
+    spec = weights.spec(tokenizer_folder=str(ctx.tokenizer_folder), model_folder=str(reward_model.folder))
+    ctx.rewards.load(spec)
 
 
 def _tokens(ctx: Context, prompt: Prompt, text: str) -> np.ndarray:

@@ -27,7 +27,7 @@ class Rewards:
         """Score by this from now on. Raises what `Reward.load` does."""
         self.pool.prepare("load", spec)
 
-    def score(self, groups: Sequence[Group], prompts: Sequence[Prompt]) -> list[ScoredGroup]:
+    def score(self, groups: Sequence[Group | ScoredGroup], prompts: Sequence[Prompt]) -> list[ScoredGroup]:
         """Rewards of every response, in order; prompts[i] is what groups[i] answers."""
         return [scored for part in self.pool.map("score", groups, prompts) for scored in part]
 

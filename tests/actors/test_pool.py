@@ -170,9 +170,16 @@ def test_actors_join_and_leave() -> None:
     some = pool(Failing("a-0", ()))
     some.prepare("load", 2)
     some.add(Failing("a-1", ()))
-    assert [x for part in some.map("work", range(4), range(4)) for x in part] == [0, 3, 6, 9]
+    assert some.joined("a-1")
+    for _ in range(2):
+        assert [x for part in some.map("work", range(4), range(4)) for x in part] == [0, 3, 6, 9]
+    mine = [event for event in names() if event[0] == "a-1"]
+    assert mine[:2] == [("a-1", "load"), ("a-1", "work")]
+    some.retire("a-0")
+    before = len(Scale.events)
     some.map("work", range(4), range(4))
-    assert [event for event in names() if event[0] == "a-1"] == [("a-1", "load"), ("a-1", "work")]
+    assert Scale.events[before:] == [("a-1", "work", [0, 1, 2, 3])]
+    assert some.idle("a-0")
     assert some.remove("a-0").name == "a-0"
     some.map("work", range(4), range(4))
     assert names()[-1] == ("a-1", "work")

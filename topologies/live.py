@@ -16,7 +16,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -24,14 +23,13 @@ from actors.failures import InfrastructureError
 from actors.host import Handle, Pending
 from actors.pulse import Pulse
 from actors.streams import ready
+from topologies.live_file import EVERY_S, FILE
 from topologies.progress import ProgressView
 from topologies.run_folder import RunFolder
 from topologies.system import System
 
 log = logging.getLogger(__name__)
 
-#: The file's name in a run folder, and the seconds between two writings of it.
-FILE, EVERY_S = "live.json", 1.0
 #: An actor that owes an answer for so many seconds is shown as silent.
 SILENT_AFTER_S = 5.0
 #: The share of time that an actor was busy is of about so many seconds.
@@ -220,12 +218,3 @@ class _Messages(logging.Handler):
     def add(self, level: str, source: str, text: str) -> None:
         """One line of at most 400 characters."""
         self.kept.append({"time": time.time(), "level": level, "source": source, "text": " ".join(text.split())[:400]})
-
-
-def read_live(run_path: Path) -> dict[str, Any] | None:
-    """What the launch of a run folder said last; None where it never said anything, or not legibly."""
-    try:
-        found = json.loads((run_path / FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None

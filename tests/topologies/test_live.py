@@ -124,17 +124,23 @@ def test_the_file_follows_an_inline_launch_and_says_how_it_ended(tmp_path: Path,
     starting, run = system_and_run(tmp_path, "inline")
     root, handlers = logging.getLogger(), logging.getLogger().handlers[:]
     progress = ProgressView(Console(file=(tmp_path / "out").open("w")))
-    try:
-        root.handlers = []
-        with pytest.raises(ZeroDivisionError), starting as system, LiveState(run, system, progress) as live:
+    seen: dict[str, Any] = {}
+
+    def launch(system: System) -> None:
+        with LiveState(run, system, progress) as live, progress.task("sft", total=20) as bar:
             live.enter("sft")
             logging.getLogger("actors.dispatch").warning("sampler-%d was lost\nagain", 1)
-            with progress.task("sft", total=20) as bar:
-                bar.advance(7)
-                seen = until(run, lambda live: live["bars"] and live["stage"], within_s=10)
+            bar.advance(7)
+            seen.update(until(run, lambda live: live["bars"] and live["stage"], within_s=10))
             raise ZeroDivisionError("no division")
-    finally:
-        root.handlers = handlers
+
+    with starting as system:
+        try:
+            root.handlers = []
+            with pytest.raises(ZeroDivisionError):
+                launch(system)
+        finally:
+            root.handlers = handlers
     assert {row["name"] for row in seen["actors"]} == {handle.name for handle in system.handles}
     assert seen["bars"] == [{"name": "sft", "done": 7, "total": 20}]
     assert (seen["state"], seen["pid"], seen["stage"]["name"]) == ("running", os.getpid(), "sft")

@@ -64,13 +64,14 @@ def _iteration(
     files.add_update(iteration, update)
     ledger.consumed(iteration, ids)
     rewards = np.concatenate([rollout.scored.reward_G for rollout in rollouts])
-    metrics.log(stage=STAGE, task=TASK, step=iteration, values=_values(iteration, float(np.nanmean(rewards)), skill))
+    metrics.log(stage=STAGE, task=TASK, step=iteration, values=online_values(iteration, float(np.nanmean(rewards)), skill))
     for actor in ("sampler-0", "sampler-1"):
         engine = {"tokens_per_s": 812.0, "batch_occupancy": 0.83, "preemptions": 0, "response_tokens": 512}
         metrics.log(stage=ENGINE_STAGE, task=f"{TASK}/{actor}", step=iteration, values=engine)
 
 
-def _values(iteration: int, reward: float, skill: float) -> dict[str, float]:
+def online_values(iteration: int, reward: float, skill: float) -> dict[str, float]:
+    """A row of the loop's metrics."""
     return {
         "reward": reward, "accuracy": skill * 0.97, "kl_to_reference": 0.02 * iteration, "kl_to_behavior": 0.011,
         "ratio_mean": 1.0, "ratio_max": 1.4, "effective_sample_fraction": 0.94, "logp_mismatch_max": 2e-5,

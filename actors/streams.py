@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -210,6 +210,9 @@ class RayStreamingHandle(RayHandle):
         """What the actor did since it was last started."""
         stats = self._aside("stats", max_task_retries=-1)
         return RayPending(f"{self.name}.stats", stats.remote()).result(REVIVAL_DEADLINE_S)
+
+    def pulses(self) -> Mapping[str, Pending]:
+        return {self.name: RayPending(f"{self.name}.pulse", self._aside("pulse").remote())}
 
     def end(self) -> None:
         import ray

@@ -74,6 +74,17 @@ def _report(args: argparse.Namespace) -> None:
     print(write_report(RunFolder.open(args.run).path))
 
 
+def _watch(args: argparse.Namespace) -> None:
+    from topologies.run_folder import RunFolder
+    from topologies.watch import print_once, watch
+
+    run = RunFolder.open(args.run)
+    if args.once or args.json:
+        print_once(run, as_json=args.json)
+    else:
+        watch(run)
+
+
 def _generate(args: argparse.Namespace) -> None:
     from topologies.policy_commands import generate_answers
     from topologies.run_folder import RunFolder
@@ -161,6 +172,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="for a script to read")
 
     _run_command(commands, "report", _report, "write RUN/report.html again")
+
+    watch = _run_command(commands, "watch", _watch, "watch a run in the terminal, while it goes on or afterwards; q leaves")
+    watch.add_argument("--once", action="store_true", help="print how it is now, and leave")
+    watch.add_argument("--json", action="store_true", help="the same for a script to read, once")
 
     generate = _run_command(commands, "generate", _generate, "answer a prompt with a policy of a run")
     generate.add_argument("--policy", required=True, metavar="NAME", help="a folder of RUN/policies")

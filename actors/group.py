@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from actors.failures import InfrastructureError
 from actors.group_member import Process
 from actors.group_placement import GroupSpec
 from actors.group_watch import Loss, Members, Split, Watch, collect
@@ -31,7 +32,7 @@ __all__ = ["GroupFailedError", "GroupHandle", "GroupRestartedError", "GroupSpec"
 log = logging.getLogger(__name__)
 
 
-class GroupRestartedError(RuntimeError):
+class GroupRestartedError(InfrastructureError):
     """A member was lost during a call, and the group was built anew: begin the job again, from its last checkpoint."""
 
     def __init__(self, name: str, *, restarts: int, rank: int, cause: str) -> None:

@@ -11,12 +11,14 @@ import ctypes
 import resource
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from actors.failures import InfrastructureError
 from afm_rl.errors import UserError
 
 #: Seconds a call may take before the wait for it is an error; generous, because a first call compiles.
@@ -27,12 +29,16 @@ TRIM_AFTER_S = 3.0
 END = object()
 
 
-class DeadlineError(TimeoutError):
+class DeadlineError(InfrastructureError, TimeoutError):
     """A wait for actors passed its deadline."""
 
 
-class ActorLostError(RuntimeError):
+class ActorLostError(InfrastructureError):
     """The process behind a call is gone, and with it what it was working on."""
+
+
+class OtherLifeError(InfrastructureError):
+    """An actor was started anew, unnoticed, and does not have what it had been given."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class Host:
         self._busy_s, self._calls = 0.0, 0
         self._working, self._since_s = 0, 0.0
         self._ended_streams: set[int] = set()
+        self._life = uuid.uuid4().hex
 
     def run(self, method: str, kwargs: dict[str, Any], *args: Any) -> Any:
         """Run one method of the actor. Positional, because Ray resolves only top-level references among arguments."""
@@ -68,6 +75,12 @@ class Host:
                 return getattr(self._actor, method)(*args, **kwargs)
         finally:
             self._called(time.perf_counter() - start)
+
+    def run_in(self, life: str, method: str, kwargs: dict[str, Any], *args: Any) -> Any:
+        """As `run`, if this is still the life that the caller prepared. Raises OtherLifeError."""
+        if life != self._life:
+            raise OtherLifeError(f"{self._name} was started anew before {method!r}")
+        return self.run(method, kwargs, *args)
 
     def stream(self, number: int, method: str, kwargs: dict[str, Any], *args: Any) -> Iterator[Any]:
         """The items of a method that is a generator, until its end or `end_stream` of this number."""
@@ -92,8 +105,9 @@ class Host:
         """Nobody reads this stream any more: it ends with the item that it is working on."""
         self._ended_streams.add(number)
 
-    def ping(self) -> None:
-        """Answers once the actor has been placed and constructed."""
+    def ping(self) -> str:
+        """Answers once the actor has been placed and constructed, with a name for this life of its process."""
+        return self._life
 
     def stats(self) -> ActorStats:
         """Busy time (however many calls were under way), calls, and the process's peak resident memory."""
@@ -163,11 +177,13 @@ class InlineHandle:
         self._host = self._construct()
 
     def submit(self, method: str, *args: Any, **kwargs: Any) -> Pending:
-        return _Done(f"{self.name}.{method}", self._host.run(method, kwargs, *call_arguments(args)))
+        return self._done(method, self._host.run(method, kwargs, *call_arguments(args)))
+
+    def _done(self, method: str, value: Any) -> Pending:
+        return _Done(f"{self.name}.{method}", value)
 
     def ping(self) -> Pending:
-        self._host.ping()
-        return _Done(f"{self.name}.ping", None)
+        return _Done(f"{self.name}.ping", self._host.ping())
 
     def stats(self) -> ActorStats:
         return self._host.stats()

@@ -1,52 +1,37 @@
-"""The reward actor: scores groups with the learned reward model, the programmatic checks, or a weighted sum of both.
+"""The reward actor: adds up a learned reward model, programmatic checks, functions of the user's and what an environment paid.
 
-Consumes `Group`s and the prompts they answer; produces `ScoredGroup`s with every component kept apart, and reranks
-responses prompt by prompt (4.3.2). A response whose reward cannot be computed is marked invalid and counted.
+Consumes `Group`s (or groups that an environment has scored) and the prompts they answer; produces `ScoredGroup`s with every
+component kept apart, and reranks responses prompt by prompt (4.3.2). A response whose reward cannot be computed, whoever
+failed, is marked invalid with the reason and counted; each kind of failure is logged once. A response's score is the same
+bits whatever else is in the call. Functions run in worker processes (`afm_rl/workers`).
+
+Shapes: G responses of a group.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from actors.artifacts import load_artifact
-from afm_rl.compute import Compute
-from afm_rl.config import ModelConfig
+from actors.reward_model_scores import RewardModelScorer, SequenceScores
+from actors.reward_texts import ResponseTexts
 from afm_rl.data.checks import is_checkable, passes
-from afm_rl.packing import Example, pad
-from afm_rl.reward_model import Scores, score
+from afm_rl.rewards.functions import FunctionReward
+from afm_rl.rewards.problems import kind_of, problem
+from afm_rl.rewards.spec import RewardSpec
 from afm_rl.tokenizer import Tokenizer
-from afm_rl.types import GRADINGS, Group, Prompt, ScoredGroup
+from afm_rl.types import Group, Prompt, ScoredGroup
+
+__all__ = ["Reward", "RewardSpec", "SequenceScores"]
 
 log = logging.getLogger(__name__)
 
-#: Sequences per forward pass; with lengths padded to 32, it bounds the number of compiled programs.
-ROWS = 128
-
-
-@dataclass(frozen=True)
-class RewardSpec:
-    """Where the reward model and the tokenizer are, and how much each component counts."""
-
-    tokenizer_folder: str
-    model_folder: str | None
-    weights: Mapping[str, float]  # "model", "verifier"
-
-
-@dataclass(frozen=True)
-class SequenceScores:
-    """Reward [B] and most likely grade classes [B, 4] of B sequences."""
-
-    reward_B: np.ndarray
-    grades_B4: np.ndarray
+#: Of one component: the values of a group's responses [G], and why one is missing ("" where it is not).
+Component = tuple[np.ndarray, Sequence[str]]
 
 
 class Reward:
@@ -54,61 +39,50 @@ class Reward:
 
     def __init__(self, *, compute_dtype: str = "float32") -> None:
         self._dtype = compute_dtype
+        self._spec: RewardSpec | None = None
         self._tokenizer: Tokenizer | None = None
-        self._weights: dict[str, float] = {}
-        self._params: Any = None
-        self._config: ModelConfig | None = None
-        self._invalid = 0
+        self._model: tuple[str, RewardModelScorer] | None = None
+        self._functions: dict[str, FunctionReward] = {}
+        self._invalid: Counter[str] = Counter()
 
     def load(self, spec: RewardSpec) -> None:
-        """Use this reward model and these component weights from the next call on."""
-        if unknown := set(spec.weights) - {"model", "verifier"}:
-            raise ValueError(f"unknown reward component {sorted(unknown)[0]!r}; known: model, verifier")
-        self._tokenizer = Tokenizer.load(Path(spec.tokenizer_folder))
-        self._weights = {name: weight for name, weight in spec.weights.items() if weight}
-        if spec.model_folder is not None:
-            artifact = load_artifact(spec.model_folder)
-            if "heads" not in artifact.params:
-                raise ValueError(f"{spec.model_folder} is a policy, not a reward model: it has no heads")
-            self._params = jax.tree.map(jnp.asarray, artifact.params)
-            self._config = artifact.config
-        elif "model" in self._weights:
-            raise ValueError("the reward gives the model a weight, but there is no reward model yet")
+        """Use these components from the next call on.
 
-    def score(self, groups: Sequence[Group], prompts: Sequence[Prompt]) -> list[ScoredGroup]:
-        """Rewards of every response, in order; prompts[i] is what groups[i] answers."""
-        components: dict[str, list[np.ndarray]] = {}
-        if "model" in self._weights:
-            flat = self.sequence_scores([np.concatenate([g.prompt_T, r]) for g in groups for r in g.responses]).reward_B
-            ends = np.cumsum([len(g.responses) for g in groups])
-            components["model"] = np.split(flat, ends[:-1])
-        if "verifier" in self._weights:
-            components["verifier"] = [self._verify(g, p) for g, p in zip(groups, prompts, strict=True)]
-        scored = []
-        for i, group in enumerate(groups):
-            parts = {name: values[i] for name, values in components.items()}
-            total = sum((self._weights[name] * values for name, values in parts.items()), np.zeros(len(group.responses)))
-            valid = np.isfinite(total)
-            self._invalid += int((~valid).sum())
-            scored.append(ScoredGroup(group, total.astype(np.float32), valid, parts))
-        return scored
+        Raises ValueError for a reward model that is none, WorkerStartError (a UserError) for a function that cannot be loaded.
+        """
+        self._tokenizer = Tokenizer.load(Path(spec.tokenizer_folder))
+        if spec.model_folder is not None:
+            self._model = (spec.model_folder, RewardModelScorer(spec.model_folder, compute_dtype=self._dtype))
+        for function in self._functions.values():
+            function.close()
+        self._functions = {}
+        for of in spec.functions:
+            if spec.weights.get(of.name):
+                self._functions[of.name] = FunctionReward(of)
+        self._spec = spec
+
+    def score(self, groups: Sequence[Group | ScoredGroup], prompts: Sequence[Prompt]) -> list[ScoredGroup]:
+        """Rewards of every response, in order; prompts[i] is what groups[i] answers.
+
+        A ScoredGroup is one that an environment has paid for: its components are kept, and "environment" has its weight.
+        """
+        spec = self._loaded()
+        played = [one if isinstance(one, ScoredGroup) else None for one in groups]
+        plain = [one.group if isinstance(one, ScoredGroup) else one for one in groups]
+        texts = [ResponseTexts(self._required_tokenizer(), group) for group in plain]
+        components: dict[str, list[Component]] = {}
+        for name in (name for name, weight in spec.weights.items() if weight):
+            components[name] = self._component(name, texts, prompts, played)
+        return [
+            self._sum(spec, texts[i], played[i], {name: of[i] for name, of in components.items()})
+            for i in range(len(groups))
+        ]
 
     def sequence_scores(self, sequences: Sequence[np.ndarray]) -> SequenceScores:
         """Score whole token sequences (prompt and response) with the learned model."""
-        if self._params is None or self._config is None:
+        if self._model is None:
             raise RuntimeError("this reward actor holds no reward model: load one first")
-        order = np.argsort([len(s) for s in sequences], kind="stable")
-        rewards, grades = np.empty(len(sequences), np.float32), np.empty((len(sequences), len(GRADINGS)), np.int32)
-        for start in range(0, len(order), ROWS):
-            rows = order[start : start + ROWS]
-            padded = [sequences[i] for i in rows] + [sequences[rows[0]]] * (ROWS - len(rows))
-            batch = pad([Example(s) for s in padded], pad_id=0)
-            length_B = jnp.asarray([len(s) for s in padded])
-            out = _score(self._params, jnp.asarray(batch["tokens_BT"]), length_B, config=self._config, dtype=self._dtype)
-            rewards[rows] = np.asarray(out.reward_B)[: len(rows)]
-            classes = np.stack([np.asarray(out.grade_logits[name]).argmax(-1) for name in GRADINGS], axis=-1)
-            grades[rows] = classes[: len(rows)]
-        return SequenceScores(rewards, grades)
+        return self._model[1](sequences)
 
     def rerank(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]) -> list[int]:
         """Per prompt, the index of the response with the highest reward (4.3.2), by the components of the last `load`.
@@ -120,31 +94,126 @@ class Reward:
 
     def invalid_responses(self) -> int:
         """How many responses got no reward since the start."""
-        return self._invalid
+        return self._invalid.total()
+
+    def invalid_causes(self) -> dict[str, int]:
+        """How many responses got no reward since the start, by component and cause ("math_timeout")."""
+        return dict(self._invalid)
+
+    def _component(
+        self, name: str, texts: Sequence[ResponseTexts], prompts: Sequence[Prompt], played: Sequence[ScoredGroup | None]
+    ) -> list[Component]:
+        """One component of every group."""
+        if name == "model":
+            return self._by_model([of.group for of in texts])
+        if name == "verifier":
+            return [self._verify(of, prompt) for of, prompt in zip(texts, prompts, strict=True)]
+        if name == "environment":
+            return [_paid(of.group, by) for of, by in zip(texts, played, strict=True)]
+        spec = self._loaded()
+        if name == "length":
+            assert spec.length is not None
+            return [(spec.length(of.tokens_G), ()) for of in texts]
+        asked = [(prompt, of.for_functions()) for of, prompt in zip(texts, prompts, strict=True)]
+        return self._functions[name](asked, budget_s=spec.budget_s)
+
+    def _by_model(self, groups: Sequence[Group]) -> list[Component]:
+        flat = self.sequence_scores([np.concatenate([g.prompt_T, r]) for g in groups for r in g.responses]).reward_B
+        return [(part, ()) for part in np.split(flat, np.cumsum([len(g.responses) for g in groups])[:-1])]
+
+    def _verify(self, texts: ResponseTexts, prompt: Prompt) -> Component:
+        """1 where the checks pass, 0 where not or without checks, NaN where a check failed to run."""
+        count = len(texts.own)
+        if not is_checkable(prompt):
+            return np.zeros(count, np.float32), ()
+        values, problems = np.full(count, np.nan, np.float32), [""] * count
+        for j, text in enumerate(texts.own):
+            try:
+                values[j] = float(passes(prompt, text))
+            except Exception as error:  # one response must not stop a run; the cause is kept, counted and logged
+                problems[j] = problem("verifier", "raised", f"{type(error).__name__}: {error}")
+        return values, problems
+
+    def _sum(
+        self, spec: RewardSpec, texts: ResponseTexts, played: ScoredGroup | None, components: Mapping[str, Component]
+    ) -> ScoredGroup:
+        """The weighted sum of one group, with what length and truncation do to it."""
+        group, count = texts.group, len(texts.group.responses)
+        total_G = np.zeros(count)
+        for name, (values_G, _) in components.items():
+            total_G = total_G + spec.weights[name] * values_G.astype(np.float64)
+        cut_G = spec.truncation.cut_G(group.finished, group.responses, end_of_turn_id=self._end_of_turn_id)
+        reward_G = spec.truncation.apply(total_G, cut_G).astype(np.float32)
+        problems = [_first_problem(components, j) or _environment_problem(played, j) for j in range(count)]
+        for j in np.flatnonzero(~np.isfinite(reward_G)):
+            problems[j] = problems[j] or problem("sum", "not_finite", f"the reward is {reward_G[j]}")
+            if spec.truncation.kind == "invalid" and cut_G[j] and np.isfinite(total_G[j]):
+                problems[j] = problem("length", "cut", "no end of turn within max_tokens, and `truncated` is invalid")
+        valid_G = np.array([not text for text in problems], bool)
+        self._count(group, problems)
+        own = {name: values_G for name, (values_G, _) in components.items()}
+        kept = {**(played.components if played is not None else {}), **own}
+        return ScoredGroup(group, np.where(valid_G, reward_G, np.nan).astype(np.float32), valid_G, kept, _if_any(problems))
+
+    def _count(self, group: Group, problems: Sequence[str]) -> None:
+        """Count what failed, and log the first failure of each kind."""
+        for j, text in enumerate(problems):
+            if text:
+                if not self._invalid[kind_of(text)]:
+                    log.warning(
+                        "response %d to prompt %s has no reward and is left out: %s (further ones of this kind are only counted)",
+                        j,
+                        group.id,
+                        text,
+                    )
+                self._invalid[kind_of(text)] += 1
 
     def _as_group(self, prompt: Prompt, texts: Sequence[str]) -> Group:
         """Texts as a group: nobody's log-probabilities, which no reward looks at."""
-        assert self._tokenizer is not None
-        tokens = tuple(np.asarray(self._tokenizer.encode_response(text), np.int32) for text in texts)
-        prompt_T = np.asarray(self._tokenizer.encode_chat(prompt.messages), np.int32)
+        tokenizer = self._required_tokenizer()
+        tokens = tuple(np.asarray(tokenizer.encode_response(text), np.int32) for text in texts)
+        prompt_T = np.asarray(tokenizer.encode_chat(prompt.messages), np.int32)
         no_logps = tuple(np.zeros(len(t), np.float32) for t in tokens)
         return Group(prompt.id, prompt_T, tokens, no_logps, (True,) * len(tokens), policy="", version=0)
 
-    def _verify(self, group: Group, prompt: Prompt) -> np.ndarray:
-        """1 where the checks pass, 0 where not or without checks, NaN (invalid) where a check failed to run."""
-        assert self._tokenizer is not None
-        if not is_checkable(prompt):
-            return np.zeros(len(group.responses), np.float32)
-        values = np.empty(len(group.responses), np.float32)
-        for i, response in enumerate(group.responses):
-            try:
-                values[i] = float(passes(prompt, self._tokenizer.decode(response.tolist())))
-            except Exception:  # one response must not stop a run
-                log.exception("the checks of prompt %s failed on response %d; it is left out", prompt.id, i)
-                values[i] = np.nan
-        return values
+    @property
+    def _end_of_turn_id(self) -> int:
+        return self._required_tokenizer().end_of_turn_id
+
+    def _loaded(self) -> RewardSpec:
+        if self._spec is None:
+            raise RuntimeError("this reward actor has no components: load a RewardSpec first")
+        return self._spec
+
+    def _required_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise RuntimeError("this reward actor has no tokenizer: load a RewardSpec first")
+        return self._tokenizer
 
 
-@partial(jax.jit, static_argnames=("config", "dtype"))
-def _score(params: Any, tokens_BT: jax.Array, length_B: jax.Array, *, config: ModelConfig, dtype: str) -> Scores:
-    return score(params, tokens_BT, length_B, config=config, compute=Compute(dtype=dtype))
+def _paid(group: Group, played: ScoredGroup | None) -> Component:
+    """What the environment paid. Raises ValueError for a group that no environment has played."""
+    if played is None or "environment" not in played.components:
+        raise ValueError(
+            f"the reward gives the environment a weight, but group {group.id!r} was not played in one; "
+            "give the stage an `environment`, or remove the weight"
+        )
+    return played.components["environment"], played.problems
+
+
+def _first_problem(components: Mapping[str, Component], j: int) -> str:
+    for name, (values_G, problems) in components.items():
+        if problems and problems[j]:
+            return problems[j]
+        if not np.isfinite(values_G[j]):
+            return problem(name, "not_finite", f"its value is {values_G[j]}")
+    return ""
+
+
+def _environment_problem(played: ScoredGroup | None, j: int) -> str:
+    """An episode that failed is no episode, even where what the environment paid does not count."""
+    return played.problems[j] if played is not None and played.problems else ""
+
+
+def _if_any(problems: Sequence[str]) -> tuple[str, ...]:
+    return tuple(problems) if any(problems) else ()

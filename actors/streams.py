@@ -9,8 +9,10 @@ takes weights and says how it does. Inline, an item is computed when it is asked
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from actors.host import (
@@ -21,6 +23,7 @@ from actors.host import (
     DeadlineError,
     Handle,
     InlineHandle,
+    OtherLifeError,
     Pending,
     RayHandle,
     RayPending,
@@ -29,6 +32,8 @@ from actors.host import (
     call_arguments,
     gather,
 )
+
+log = logging.getLogger(__name__)
 
 #: Streams that an actor answers at a time; one more waits for the end of another.
 MAX_STREAMS = 8
@@ -59,11 +64,17 @@ class StreamingHandle(Handle, Protocol):
     def stream(self, method: str, *args: Any, **kwargs: Any) -> Stream:
         """Start a call of a method that is a generator."""
 
+    def submit_in(self, life: str, method: str, *args: Any) -> Pending:
+        """As `submit`, in that life of the actor only; OtherLifeError in a later one."""
+
+    def submit_returning(self, method: str, *args: Any) -> Pending:
+        """As `submit`, and while the actor is on its way back the call waits for it: for one that may run twice."""
+
     def end(self) -> None:
         """Kill the actor's process, working or stopped; what it was doing is lost, and it starts anew."""
 
     def revive(self) -> Pending:
-        """A call that ends once a lost actor answers again; ActorLostError where it never will."""
+        """A call that ends, with a name for its life, once a lost actor answers again, or in ActorLostError."""
 
 
 def items(stream: Stream, *, deadline_s: float = DEFAULT_DEADLINE_S) -> Iterator[Any]:
@@ -90,6 +101,18 @@ def call_again(handle: StreamingHandle, method: str, *args: Any, deadline_s: flo
         return call(handle, method, *args, deadline_s=deadline_s)
 
 
+def look_at(handles: Sequence[StreamingHandle], method: str, *, deadline_s: float) -> dict[str, Any]:
+    """What a quick method answers, by actor, without those that are lost or do not answer in time."""
+    pending = [(handle.name, handle.submit(method)) for handle in handles]
+    end_s, found = time.monotonic() + deadline_s, {}
+    for name, one in pending:
+        try:
+            found[name] = one.result(max(0.0, end_s - time.monotonic()))
+        except (ActorLostError, TimeoutError) as error:
+            log.info("%s is left out: %s", one.what, error)
+    return found
+
+
 def ready(calls: Sequence[Pending | Stream], timeout_s: float) -> list[Pending | Stream]:
     """Those of the calls that can be read without waiting, as soon as one can; none when the time is over."""
     here = [call for call in calls if not isinstance(call, RayPending | RayStream)]
@@ -108,11 +131,31 @@ class InlineStreamingHandle(InlineHandle):
     def stream(self, method: str, *args: Any, **kwargs: Any) -> Stream:
         return _InlineStream(f"{self.name}.{method}", self._host.stream(0, method, kwargs, *call_arguments(args)))
 
+    def submit_in(self, life: str, method: str, *args: Any) -> Pending:
+        try:
+            return self._done(method, self._host.run_in(life, method, {}, *call_arguments(args)))
+        except OtherLifeError as error:
+            return Failed(f"{self.name}.{method}", error)
+
+    def submit_returning(self, method: str, *args: Any) -> Pending:
+        return self.submit(method, *args)
+
     def end(self) -> None:
         self._host = self._construct()
 
     def revive(self) -> Pending:
         return self.ping()
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A call that has ended in an exception already."""
+
+    what: str
+    error: Exception
+
+    def result(self, timeout_s: float) -> Any:  # noqa: ARG002 (the face of Pending; an inline call has already ended)
+        raise self.error
 
 
 class _InlineStream:
@@ -138,6 +181,15 @@ class RayStreamingHandle(RayHandle):
         call = self._actor.stream.options(num_returns="streaming", concurrency_group=STREAM_GROUP, name=what)
         generator = call.remote(number, method, kwargs, *call_arguments(args))
         return RayStream(what, generator, self._aside("end_stream"), number)
+
+    def submit_in(self, life: str, method: str, *args: Any) -> Pending:
+        what = f"{self.name}.{method}"
+        return RayPending(what, self._actor.run_in.options(name=what).remote(life, method, {}, *call_arguments(args)))
+
+    def submit_returning(self, method: str, *args: Any) -> Pending:
+        what = f"{self.name}.{method}"
+        run = self._actor.run.options(name=what, max_task_retries=-1)
+        return RayPending(what, run.remote(method, {}, *call_arguments(args)))
 
     def ping(self) -> Pending:
         return RayPending(f"the placement of {self.name}", self._aside("ping").remote())

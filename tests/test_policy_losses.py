@@ -183,17 +183,22 @@ def test_an_adapter_starts_at_its_base_and_alone_learns() -> None:
         assert np.any(factors["b"]), name
 
 
+ONLINE = {"algorithm": "mdloo", "temperature": 0.9, "beta": 0.0, "clip": 0.2, "staleness_cap": 2.0}
+FRESH = {"sampler_logp_BT": np.zeros((4, 7), np.float32), "stale_B": np.zeros(4, bool)}
+
+
 def test_mdloo_at_theta_k_is_the_leave_one_out_policy_gradient() -> None:
     """Guards Eq. 9's batch: -(1/N) sum A grad log pi over sequences, whatever gamma; N is given."""
     advantage = np.array([1.5, -0.5, 0.25, -1.25], np.float32)
-    batch = {**BATCH, "behavior_logp_BT": logps_of(PARAMS, 0.9).astype(np.float32), "advantage_B": advantage}
+    logps = logps_of(PARAMS, 0.9).astype(np.float32)
+    batch = {**BATCH, "behavior_logp_BT": logps, "advantage_B": advantage, **FRESH}
 
     def plain(params: Params) -> jax.Array:
         logp_B = response_logps(params, BATCH, config=CONFIG, temperature=0.9).sum(-1)
         return -(advantage * logp_B).sum() / 8
 
     def surrogate(params: Params, gamma: float) -> jax.Array:
-        loss = build("mdloo", CONFIG, {"gamma": gamma, "temperature": 0.9})
+        loss = build("online", CONFIG, {**ONLINE, "gamma": gamma})
         return loss(params, {}, {**batch, "num_sequences": 8.0}, KEY)[0]
 
     run = jax.jit(lambda params, gamma: (jax.grad(plain)(params), jax.grad(surrogate)(params, gamma)))
@@ -204,5 +209,5 @@ def test_mdloo_at_theta_k_is_the_leave_one_out_policy_gradient() -> None:
 
 def test_an_unknown_objective_is_refused() -> None:
     """Guards topologies: the message lists what there is."""
-    with pytest.raises(ValueError, match="'ppo'; known: supervised, distillation, reward, dpo, ipo, mdloo"):
-        build("ppo", CONFIG, {})
+    with pytest.raises(ValueError, match="'mdloo'; known: supervised, distillation, reward, dpo, ipo, online"):
+        build("mdloo", CONFIG, {})

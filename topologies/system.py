@@ -51,10 +51,10 @@ class System:
 
     learner: Handle
     samplers: list[StreamingHandle]
-    rewards: list[Handle]
+    rewards: list[StreamingHandle]
     committee: list[StreamingHandle]
-    annotator: Handle
-    quantizers: list[Handle]
+    annotator: StreamingHandle
+    quantizers: list[StreamingHandle]
     store: Handle
     dashboard: str | None
     launcher: str
@@ -91,6 +91,11 @@ class ActorDeclaration:
     def generates(self) -> bool:
         """Whether it answers item by item, and takes its weights from the store when it is started anew."""
         return issubclass(self.role, Committee)
+
+    @property
+    def returns(self) -> bool:
+        """Whether it is started anew when its process is lost. The store is not: nobody could give it its weights again."""
+        return self.role is not WeightStore
 
 
 def declare(topology: Topology) -> dict[str, list[ActorDeclaration]]:
@@ -228,7 +233,7 @@ def _started(
 
 
 def _inline(declaration: ActorDeclaration, told: dict[str, Any]) -> InlineHandle:
-    handle = InlineStreamingHandle if declaration.generates else InlineHandle
+    handle = InlineStreamingHandle if declaration.returns else InlineHandle
     return handle(declaration.name, declaration.role, declaration.kwargs | told)
 
 
@@ -239,15 +244,17 @@ def _ray_actor(declaration: ActorDeclaration, told: dict[str, Any]) -> RayHandle
     host = type(declaration.role.__name__, (Host,), {"__module__": Host.__module__})
     remote: Any = ray.remote
     threads, kwargs = {}, declaration.kwargs | told
-    lives = {"max_restarts": -1} if declaration.generates else {}  # how often is the dispatch's to say
+    lives = {"max_restarts": -1} if declaration.returns else {}  # how often is too often: dispatch and pool know
+    if declaration.returns:
+        threads = {"concurrency_groups": CONCURRENCY_GROUPS}
     if declaration.generates:
-        threads, kwargs = {"concurrency_groups": CONCURRENCY_GROUPS}, kwargs | {"sinks": (RaySink(),)}
+        kwargs |= {"sinks": (RaySink(),)}
     actor: Any = (
         remote(max_concurrency=1, **threads)(host)
         .options(name=declaration.name, num_cpus=declaration.num_cpus, num_gpus=declaration.num_gpus, **lives)
         .remote(declaration.name, declaration.role, kwargs)
     )
-    return (RayStreamingHandle if declaration.generates else RayHandle)(declaration.name, actor)
+    return (RayStreamingHandle if declaration.returns else RayHandle)(declaration.name, actor)
 
 
 def _connect(topology: Topology) -> str | None:

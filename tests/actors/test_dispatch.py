@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from actors.dispatch import Dispatch, DispatchOptions, RequestsRefusedError, SamplersLostError
+from actors.dispatch import Dispatch, DispatchOptions, RequestsRefusedError
+from actors.failures import ActorsLostError
 from afm_rl.types import Answered, GenerationRequest, Group, Refused
 from tests.actors.fake_samplers import FakeSampler, World, answer_to, request
 
@@ -119,7 +120,7 @@ def test_a_request_that_kills_whoever_runs_it_ends_in_an_error() -> None:
     """Guards against dying for ever: each sampler may be lost so often, then the error says who was lost, and of what."""
     world = World()
     samplers = [FakeSampler(name, world, lives=(0,) * 99) for name in "ab"]
-    with pytest.raises(SamplersLostError, match=r"answer 2 of 2 requests \(a: a.answer: its process") as caught:
+    with pytest.raises(ActorsLostError, match=r"answer 2 of 2 requests \(a: a.answer: its process") as caught:
         run(samplers, [request(0), request(1)], max_losses=2)
     assert str(caught.value).count("its process is gone") == 6
     assert [world.of(name).count("died") for name in "ab"] == [3, 3]
@@ -132,7 +133,7 @@ def test_one_who_does_not_return_is_done_without() -> None:
     requests = [request(i) for i in range(8)]
     assert_each_once(requests, run([gone, other], requests))
     alone = FakeSampler("alone", world, lives=(1, INF), returns=False)
-    with pytest.raises(SamplersLostError, match="did not return within 120 s"):
+    with pytest.raises(ActorsLostError, match="did not return within 120 s"):
         run([alone], requests)
 
 
@@ -140,7 +141,7 @@ def test_one_that_is_given_up_is_done_without() -> None:
     """Guards a sampler whose construction fails: it is lost for good, with its cause."""
     world = World()
     requests = [request(i) for i in range(8)]
-    with pytest.raises(SamplersLostError, match="it will not come back"):
+    with pytest.raises(ActorsLostError, match="it will not come back"):
         run([FakeSampler("alone", world, lives=(1,))], requests)
 
 

@@ -54,7 +54,7 @@ def test_an_inline_actor_answers_and_is_counted() -> None:
     handle = InlineHandle("learner-0", Counter, {"start": 10})
     assert call(handle, "add", 1, 2, times=3) == 19
     assert gather([handle.submit("add", 1), handle.submit("add", 1)]) == [20, 21]
-    assert handle.ping().result(1.0) is None
+    assert handle.ping().result(1.0) == handle.ping().result(1.0)
     stats = handle.stats()
     assert (stats.name, stats.role, stats.calls) == ("learner-0", "Counter", 3)
     assert stats.busy_s >= 0
@@ -137,7 +137,7 @@ def test_a_ray_actor_has_the_same_face() -> None:
         store, sampler = (
             RayHandle(name, actor.remote(name, Counter, {"start": start})) for name, start in (("store", 5), ("sampler", 0))
         )
-        assert gather([store.ping(), sampler.ping()], deadline_s=120) == [None, None]
+        assert len(set(gather([store.ping(), sampler.ping()], deadline_s=120))) == 2
         assert call(sampler, "add", store.submit("add", 2), 1, times=2) == 16
         with pytest.raises(ValueError, match="no such prompt"):
             call(store, "fail")

@@ -32,6 +32,7 @@ from afm_rl.types import GenerationRequest, Group, Prompt
 from topologies.generators import Generators
 from topologies.journal import Journal
 from topologies.progress import ProgressView
+from topologies.rewards import Rewards
 from topologies.run_folder import RunFolder
 from topologies.schema import Topology
 from topologies.system import System
@@ -73,6 +74,7 @@ class Context:
         actors, system = self.topology.actors, self.system
         self.samplers = Generators(system.samplers, system.store, actors.sampler)
         self.committee = Generators(system.committee, system.store, actors.committee)
+        self.rewards = Rewards(system.rewards)
 
     @property
     def seed(self) -> int:
@@ -114,8 +116,8 @@ class Context:
 
     @property
     def device_policy(self) -> Policy:
-        """What is compressed and served: the distilled model, else the SFT policy."""
-        return self.policy("distilled") if self.has("distill_committee") else self.policy("sft")
+        """What is compressed and served: the distilled model, else the policy of online RL, else the SFT policy."""
+        return self.policy("distilled" if self.has("distill_committee") else "rl" if self.has("rl") else "sft")
 
     @property
     def corpora(self) -> Path:
@@ -129,6 +131,11 @@ class Context:
             there = ", ".join(name for name, texts in self.data.documents.items() if texts) or "none"
             raise UserError(f"no domain of the mixture {dict(mixture)} has documents; domains with documents: {there}")
         return kept
+
+    @property
+    def context_tokens(self) -> int:
+        """Positions that a sampler's engine has for a prompt and its response."""
+        return self.topology.actors.sampler.engine.max_context or self.topology.model.config().max_positions
 
     @property
     def max_tokens(self) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from actors.host import call
 from afm_rl.data.preference_store import PreferenceStore
 from afm_rl.types import Pair, Preference, Prompt
+from topologies.online.curves import online_curves
 from topologies.report_data import Curve, Figure, StageResult, Table
 from topologies.stage_options import ItecStage
 from topologies.stages.committee import (
@@ -260,20 +261,7 @@ def _curves(options: ItecStage) -> list[Curve]:
     offline = [f"itec-{r}-{m}" for r in range(1, options.rounds + 1) for m in ("dpo", "ipo") if m in options.members]
     curves = []
     if rl:
-        curves += [
-            Curve(title="MDLOO: reward", y=["reward"], tasks=rl),
-            Curve(title="MDLOO: accuracy on training prompts", y=["accuracy"], tasks=rl),
-            Curve(title="MDLOO: KL to the reference", y=["kl_to_reference"], tasks=rl, unit="nats"),
-            Curve(title="MDLOO: KL to pi_k after the inner steps", y=["kl_to_behavior"], tasks=rl, unit="nats"),
-            Curve(title="MDLOO: importance ratio", y=["ratio_mean", "ratio_max"], tasks=rl),
-            Curve(title="MDLOO: effective sample size", y=["effective_sample_fraction"], tasks=rl, unit="share"),
-            Curve(
-                title="MDLOO: a token's log p, sampler against learner",
-                y=["logp_mismatch_max", "logp_mismatch_mean"],
-                tasks=rl,
-                unit="nats",
-            ),
-        ]
+        curves += online_curves("MDLOO", rl)
     if offline:
         curves.append(Curve(title="DPO and IPO: preference accuracy", y=["accuracy"], tasks=offline))
     curves.append(

@@ -1,4 +1,4 @@
-"""What becomes of scored groups before an MDLOO update: their layout, and what is refused."""
+"""What becomes of scored groups before a policy update: their layout, and what is refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from actors.mdloo_batch import logp_mismatch, responses_batch
+from actors.online_batch import responses_batch
+from actors.online_report import fresh_tokens, logp_mismatch, staleness
 from afm_rl.types import Group, ScoredGroup
 
 
@@ -38,20 +39,22 @@ def test_groups_of_different_sizes_are_refused() -> None:
 
 def test_mismatch_is_of_tokens_by_hand() -> None:
     """Guards the figure that says whether sampler and learner are the same policy: token by token, padding not counted."""
-    groups = [scored("a", (2, 1)).group, scored("b", (1, 1)).group]
-    logps = [np.array([-1.0, -2.0]), np.array([-3.0]), np.array([-4.0]), np.array([-5.0])]
-    groups = [
-        dataclasses.replace(g, logps=tuple(np.asarray(x, np.float32) for x in part))
-        for g, part in zip(groups, (logps[:2], logps[2:]), strict=True)
-    ]
+    sampler_BT = np.array([[0, -1.0, -2, 0], [0, -3, 0, 0], [0, -4, 0, 0], [0, 0, -5, 0]], np.float32)
     mask_BT = np.array([[0, 1, 1, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]], np.float32)
     logp_BT = np.array([[9, -1.25, -1.5, 9], [9, -3, 9, 9], [9, -4, 9, 9], [9, 9, -5.1, 9]])
-    found = logp_mismatch(groups, logp_BT, mask_BT)
+    found = logp_mismatch(sampler_BT, logp_BT, mask_BT > 0)
     assert found["logp_mismatch_max"] == 0.5
     assert found["logp_mismatch_mean"] == pytest.approx((0.25 + 0.5 + 0 + 0 + 0.1) / 5)
     assert found["logp_mismatch_response_max"] == pytest.approx(0.25)  # +0.25 - 0.5
-    # Tokens of other weights are another policy's.
-    updated = dataclasses.replace(groups[0], versions=(np.array([0, 1]), np.array([1])))
-    assert logp_mismatch([updated, groups[1]], logp_BT, mask_BT)["logp_mismatch_max"] == 0.25
-    nothing = dataclasses.replace(groups[0], versions=(np.array([1, 1]), np.array([1])))
-    assert logp_mismatch([nothing], logp_BT[:2], mask_BT[:2]) == {}
+    assert logp_mismatch(sampler_BT, logp_BT, np.zeros((4, 4), bool)) == {}
+
+
+def test_only_tokens_of_the_same_weights_are_compared() -> None:
+    """Guards the mismatch against counting what other weights sampled, which is another policy's."""
+    group = scored("a", (2, 1)).group
+    targets_BT = np.array([[0, 0, 1, 1], [0, 0, 1, 0]], np.float32)
+    np.testing.assert_array_equal(fresh_tokens([group], targets_BT, 0), targets_BT > 0)
+    assert not fresh_tokens([group], targets_BT, 1).any()
+    updated = dataclasses.replace(group, versions=(np.array([0, 1]), np.array([1])))
+    np.testing.assert_array_equal(fresh_tokens([updated], targets_BT, 1), [[0, 0, 0, 1], [0, 0, 1, 0]])
+    assert (staleness(updated, 1), staleness(updated, 3), staleness(group, 2)) == ([1, 0], [3, 2], [2, 2])

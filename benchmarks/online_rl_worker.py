@@ -1,6 +1,6 @@
 """afm-rl's side of `benchmarks/online_rl.py`: one process that trains a fresh policy by its own feedback, on request.
 
-    python benchmarks/online_rl_worker.py '{"model": FOLDER, "dtype": "bfloat16", "algorithm": "rloo", "inner_steps": 1}'
+    python benchmarks/online_rl_worker.py '{"model": FOLDER, "dtype": "bfloat16", "settings": {"algorithm": "rloo"}, ...}'
 
 Requests are those of `peers/workload.py`. A step goes through the classes that a topology launches as actors, in one
 process: the learner publishes its weights, the sampler verifies and loads them and answers, the learner updates. It lacks
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from peers.workload import Workload, make_prompts, serve_kinds, token_share
 
-from actors.jobs import LearnerSetup, MdlooSettings, TrainingJob
+from actors.jobs import LearnerSetup, OnlineSettings, TrainingJob
 from actors.learner import Learner
 from actors.sampler import PolicySpec, Sampler
 from afm_rl.compute import Compute
@@ -87,12 +87,11 @@ class Loop:
     def _training(self, run: Workload, folder: str) -> TrainingJob:
         return TrainingJob(
             task="policy",
-            objective="mdloo",
+            objective="online",
             optimizer=OptimizerSpec("adamw", run["rate"], clip_norm=run["clip"]),
             checkpoint_folder=os.path.join(folder, "checkpoints"),
             init=self.job["model"],
             frozen={"reference": self.job["model"]},
-            options={"gamma": self.job["gamma"], "temperature": 1.0},
             checkpoint_every=run["steps"] + 1,
             seed=run["seed"],
         )
@@ -114,13 +113,9 @@ class Loop:
         return scored
 
     def _update(self, run: Workload, step: int, scored: Sequence[ScoredGroup]) -> Mapping[str, float]:
-        settings = MdlooSettings(
-            beta=0.0,
-            inner_steps=self.job["inner_steps"],
-            temperature=1.0,
-            microbatch=run["prompts"] * run["responses"],
-        )
-        return self.learner.update_mdloo(step, scored, settings)
+        sequences = run["prompts"] * run["responses"]
+        settings = OnlineSettings(temperature=1.0, beta=0.0, microbatch=sequences, **self.job["settings"])
+        return self.learner.update_policy(step, scored, settings).metrics
 
 
 def requests_of(run: Workload, step: int, prompts_PS: np.ndarray) -> list[GenerationRequest]:

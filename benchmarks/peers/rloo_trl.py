@@ -1,6 +1,6 @@
-"""TRL's side of `benchmarks/online_rl.py`: `RLOOTrainer` on Qwen3 in PyTorch, in an environment of its own (trl, datasets).
+"""TRL's side of `benchmarks/online_rl.py`: `RLOOTrainer` on Qwen3 in PyTorch, in an environment of its own.
 
-    /path/to/torch/python benchmarks/peers/rloo_trl.py '{"model": FOLDER, "dtype": "float32", "cache": "dynamic", "threads": 2}'
+    /path/to/torch/python benchmarks/peers/rloo_trl.py '{"model": FOLDER, "dtype": "float32", "cache": "static", ...}'
 
 One update of the whole batch a step, no KL to a reference, no normalisation of advantages, completions of one length. A
 step's seconds are split where TRL splits it: generation; rewards and the log-probabilities of the policy that sampled; the
@@ -65,10 +65,10 @@ class Watch(TrainerCallback):
 
         return run
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._began = time.perf_counter()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, *_: Any, control: Any = None, **__: Any) -> None:
         self.seconds["step"].append(time.perf_counter() - self._began)
         if self.until is not None and self.rewards[-1] >= self.until:
             control.should_training_stop = True

@@ -65,6 +65,7 @@ class OnlineTraining(OnlineAlgorithm):
     warmup_steps: CountOrZero = 10
     max_tokens: Count = 32
     long_prompts: Literal["error", "drop"] = "error"  # those that leave no room for max_tokens
+    data_failures: CountOrZero = 3  # iterations in a row in which no response could be used, before the job ends
     keep_rollouts: Count | None = None  # iterations whose rollouts stay on disk; null: all
     environment: EnvironmentOptions | None = None  # several turns; null: a response is one turn
     reward: RewardWeights = RewardWeights()

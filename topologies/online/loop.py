@@ -17,7 +17,9 @@ groups are consumed; later ones that are on disk, made by the very weights that 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
+from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from functools import partial
 
 import numpy as np
 
+from actors.failures import DataError, FailureBudget, FailuresExhaustedError
 from actors.host import call
 from actors.jobs import OnlineSettings, TrainingJob
 from afm_rl.errors import UserError
@@ -38,6 +41,8 @@ from topologies.online.rollouts import Rollout, RolloutFiles
 from topologies.online.tickets import Ticket, tickets_of
 from topologies.online_options import OnlineTraining
 from topologies.stages.context import Context, Policy
+
+log = logging.getLogger(__name__)
 
 
 def train_online(
@@ -109,6 +114,7 @@ class _Loop:
         self._seed = request_seed(ctx.seed, policy.name)
         self._files = RolloutFiles(ctx.run.rollouts / policy.name)
         self._ledger = Ledger(ctx.journal, policy.name)
+        self._budget = FailureBudget(f"the rewards of {policy.name}", infrastructure=0, data=options.data_failures)
 
     def run(self, first: int) -> None:
         """Iterations from `first`, where the learner's newest checkpoint is, to the last."""
@@ -148,6 +154,7 @@ class _Loop:
         waited_s = time.perf_counter()
         update = self._update(iteration, batch)
         buffer.commit(iteration)
+        self._charge(iteration, update, batch)
         clock = _Clock(published_s - began_s, waited_s - published_s, time.perf_counter() - waited_s)
         use = self._ctx.samplers.log(self._ctx.metrics, engines, task=self._policy.name, step=iteration)
         values = {f"sampler_{name}": value for name, value in use.items()}
@@ -175,6 +182,20 @@ class _Loop:
         if (keep := self._options.keep_rollouts) is not None:
             self._files.drop_before(iteration + 1 - max(keep, 2 * self._ctx.topology.checkpoints.iterations + 1))
         return update
+
+    def _charge(self, iteration: int, update: PolicyUpdate, batch: Sequence[Rollout]) -> None:
+        """An iteration without a usable response trains nothing; too many in a row end the job, with their causes."""
+        if update.metrics["sequences"]:
+            self._budget.progressed()
+            return
+        problems = Counter(problem for rollout in batch for problem in rollout.scored.problems if problem)
+        causes = "; ".join(f"{count} x {problem}" for problem, count in problems.most_common(2))
+        error = DataError(f"no group has two responses with a reward{': ' if causes else ''}{causes}")
+        log.warning("%s, iteration %d: %s", self._policy.name, iteration, error)
+        try:
+            self._budget.spend("data", f"iteration {iteration}", error)
+        except FailuresExhaustedError as exhausted:
+            raise UserError(f"{exhausted}; mend the reward and continue with --resume") from exhausted
 
     def _sources(self) -> Sources:
         ctx = self._ctx

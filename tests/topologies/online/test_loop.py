@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import yaml
 
 from afm_rl.config import ModelConfig
 from afm_rl.errors import UserError
@@ -38,8 +39,9 @@ data:
     eval_prompts: 2, preferences: 0, feature_demonstrations: 0, feature_eval_prompts: 0}}
 actors: {{sampler: {{max_batch: 8}}, committee: {{max_batch: 8}}}}
 stages:
-  - rl: {{prompts: 2, responses: 2, max_tokens: 6, learning_rate: 1e-3, warmup_steps: 1, {options}}}
+  - rl: {options}
 """
+STAGE = {"prompts": 2, "responses": 2, "max_tokens": 6, "learning_rate": 1e-3, "warmup_steps": 1}
 
 Run = Callable[..., RunFolder]
 
@@ -52,9 +54,10 @@ def run(foreign_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
     tokenizer = Tokenizer.load(foreign_tokenizer)
     save_pretrained(init_params(config, jax.random.key(0)), folder, config=config, tokenizer=tokenizer)
 
-    def start(name: str, options: str, *, resume: bool = False) -> RunFolder:
-        text = TOPOLOGY.format(name=name, root=root, folder=folder, options=options)
-        return launch(parse_topology(text), resume=resume)
+    def start(name: str, options: str) -> RunFolder:
+        stage = json.dumps(STAGE | yaml.safe_load(f"{{{options}}}"))
+        text = TOPOLOGY.format(name=name, root=root, folder=folder, options=stage)
+        return launch(parse_topology(text))
 
     return start
 

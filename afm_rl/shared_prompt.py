@@ -12,6 +12,7 @@ Shapes: P prompts, S prompt tokens, G responses per prompt, R response tokens, D
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -57,7 +58,7 @@ def response_states(
         of_prompt = [x[0, : P * S].reshape(P, S, *x.shape[2:]) for x in (q, k, v)]
         of_response = [x[0, P * S :].reshape(P, G, R - 1, *x.shape[2:]) for x in (q, k, v)]
         first = causal_attention(*of_prompt, implementation=compute.attention)
-        second = _attend_to_both(*of_response, *of_prompt[1:], visible_PS)
+        second = _attend_to_both(of_response, of_prompt, visible_PS)
         return jnp.concatenate([x.reshape(1, -1, *x.shape[-2:]) for x in (first, second)], axis=1), None
 
     hidden = forward_with(params, tokens, positions, attend, config=config, compute=compute)[0][0]
@@ -67,12 +68,13 @@ def response_states(
     return jnp.concatenate([first_PG1D, hidden[P * S :].reshape(P, G, R - 1, -1)], axis=2)
 
 
-def _attend_to_both(q: Any, k: Any, v: Any, prompt_k: Any, prompt_v: Any, visible_PS: jax.Array) -> jax.Array:
-    """softmax over the visible prompt and the response's own past: q [P, G, R, N, H], prompt_k [P, S, K, H] -> as q."""
+def _attend_to_both(of_response: Sequence[jax.Array], of_prompt: Sequence[jax.Array], visible_PS: jax.Array) -> jax.Array:
+    """softmax over the visible prompt and the response's own past: (q, k, v) [P, G, R, N or K, H], [P, S, ...] -> as q."""
+    (q, k, v), (_, prompt_k, prompt_v) = of_response, of_prompt
     P, G, R, N, H = q.shape
     K = k.shape[3]
     q = q.reshape(P, G, R, K, N // K, H)
-    wide = {"preferred_element_type": jnp.float32}
+    wide: dict[str, Any] = {"preferred_element_type": jnp.float32}
     to_prompt = jnp.einsum("pgrkmh,pskh->pgkmrs", q, prompt_k, **wide) / math.sqrt(H)
     to_own = jnp.einsum("pgrkmh,pgtkh->pgkmrt", q, k, **wide) / math.sqrt(H)
     lowest = jnp.finfo(jnp.float32).min

@@ -2,9 +2,8 @@
 
 R = r - beta log(pi_theta_k / pi_ref), frozen over the inner steps, then the algorithm's baseline; every log-probability in
 it comes from the learner's own program. What the environment wrote (`Group.actions` False), and responses without an
-advantage, have no mask and are no part of N. Rows are padded to the right, one response each, and not packed; a microbatch
-holds whole rows of like length and scores their responses alone, from `first_B` on. Passes that nothing asks for are not
-made: none of the reference without beta, none of theta_k where the first inner step yields its log-probabilities.
+advantage, have no mask and are no part of N. How rows become microbatches is in `online_parts.py`. Passes that nothing asks
+for are not made: none of the reference without beta, none of theta_k where the first inner step yields its own.
 
 Shapes: P prompts, G responses per prompt, B = P x G sequences, T time (of a microbatch's response arrays: from its first_B).
 """
@@ -12,62 +11,22 @@ Shapes: P prompts, G responses per prompt, B = P x G sequences, T time (of a mic
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from actors.jobs import OnlineSettings
+from actors.online_parts import cut_into_parts
 from actors.online_report import Responses, fresh_tokens, known_metrics, staleness, trained_groups
 from afm_rl.objectives.mdloo import sequence_metrics, shaped_reward
 from afm_rl.objectives.online import ALGORITHMS, Advantages, advantages
 from afm_rl.objectives.online_dpo import best_and_worst
-from afm_rl.packing import Batch, Example, length_buckets, pad
+from afm_rl.packing import Batch, Example, pad
 from afm_rl.training import to_floats
 from afm_rl.types import PolicyUpdate, ScoredGroup
 
 #: (a microbatch, "current" or "reference", temperature) -> log p of every target, in the microbatch's layout.
 LogProbs = Callable[[Batch, str, float], np.ndarray]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A microbatch: which rows, padded to which width, and how wide their responses are (None: rows are scored whole)."""
-
-    rows: np.ndarray
-    width: int
-    window: int | None
-
-    def cut(self, batch: Batch, first_B: np.ndarray) -> Batch:
-        """The rows of a batch: tokens to the width, other [B, T] entries from each row's first target on."""
-        if self.window is None:
-            return {
-                n: v[self.rows, : self.width] if v.ndim == 2 else v[self.rows] if v.ndim else v for n, v in batch.items()
-            }
-        index_BT = self._window_of(first_B)
-        found = {"first_B": first_B[self.rows].astype(np.int32)}
-        for name, value in batch.items():
-            if name == "tokens_BT":
-                found[name] = value[self.rows, : self.width]
-            elif value.ndim == 2:
-                beyond = np.pad(value[self.rows], ((0, 0), (0, self.window)))
-                found[name] = np.take_along_axis(beyond, index_BT, axis=1)
-            else:
-                found[name] = value[self.rows] if value.ndim else value
-        return found
-
-    def put_back(self, whole_BT: np.ndarray, value_BT: np.ndarray, first_B: np.ndarray) -> None:
-        """Write a microbatch's [B, T] result into the rows of the whole batch's array."""
-        if self.window is None:
-            whole_BT[self.rows, : self.width] = value_BT
-            return
-        index_BT = self._window_of(first_B)
-        row_B1, inside_BT = self.rows[:, None], index_BT < whole_BT.shape[1]
-        whole_BT[np.broadcast_to(row_B1, index_BT.shape)[inside_BT], index_BT[inside_BT]] = value_BT[inside_BT]
-
-    def _window_of(self, first_B: np.ndarray) -> np.ndarray:
-        assert self.window is not None
-        return first_B[self.rows][:, None] + np.arange(self.window)
 
 
 def responses_batch(groups: Sequence[ScoredGroup], *, pad_id: int = 0) -> tuple[Batch, np.ndarray, np.ndarray]:
@@ -123,7 +82,14 @@ class OnlineBatch:
         self._algorithm = ALGORITHMS[settings.algorithm]
         if self._algorithm.pairs:
             self._rows_B = self._choose_pairs()
-        self._parts = self._cut_into_parts(whole_rows=whole_rows)
+        self._parts = cut_into_parts(
+            self._rows_B.reshape(-1, 2) if self._algorithm.pairs else self._rows_B[:, None],
+            first_B=self._first_B,
+            end_B=np.array([len(g.group.prompt_T) + len(r) for g in groups for r in g.group.responses]),
+            rows=settings.microbatch,
+            group=1 if self._algorithm.pairs else self._reward_PG.shape[1],
+            whole_rows=whole_rows,
+        )
 
     def score(self, log_probs: LogProbs) -> int:
         """Make the log-probabilities that the rewards or the loss need, then the advantages; how many responses count."""
@@ -204,20 +170,6 @@ class OnlineBatch:
         """The rows that a pairwise algorithm trains on: chosen and rejected of a group, one after the other."""
         self._pairs_P2, self._differ_P = best_and_worst(self._reward_PG, self._valid_PG)
         return (self._pairs_P2 + self._reward_PG.shape[1] * np.arange(len(self._pairs_P2))[:, None]).reshape(-1)
-
-    def _cut_into_parts(self, *, whole_rows: bool) -> list[Part]:
-        """Rows of like length together; of a pairwise algorithm the chosen rows of a part, then their rejected ones."""
-        end_B = np.array([len(g.group.prompt_T) + len(r) for g in self._groups for r in g.group.responses])
-        per_unit = 2 if self._algorithm.pairs else 1
-        unit_rows = self._rows_B.reshape(-1, per_unit)
-        length_U = end_B[unit_rows].max(axis=1)
-        parts = []
-        for units, width in length_buckets(length_U, rows=max(self._settings.microbatch // per_unit, 1)):
-            rows = unit_rows[units].T.reshape(-1)
-            longest = int((end_B - self._first_B)[rows].max())
-            window = max(16, 1 << (longest - 1).bit_length())  # a power of two: each shape is compiled once
-            parts.append(Part(rows, width, None if whole_rows or 4 * window > 3 * width else window))
-        return parts
 
     def _in_parts(self, log_probs: LogProbs, which: str) -> np.ndarray:
         seen = {name: self._batch[name] for name in ("tokens_BT", "mask_BT")}

@@ -66,6 +66,10 @@ def _swiglu_backward(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[j
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
+#: Queries, keys and values of a layer -> the mixed values, and whatever the caller wants to carry out of it (a cache).
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
 class Rotation(NamedTuple):
     """Cosine and sine of the rotary embedding's angles, float32 [..., 1, H / 2]: one for all layers, queries and keys."""
 
@@ -113,7 +117,7 @@ def block(
     *,
     config: ModelConfig,
     angles: Rotation,
-    attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]],
+    attend: Attend,
     dropout_rate: float = 0.0,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
@@ -153,13 +157,30 @@ def forward(
     """Whole sequences -> hidden_BTD after the final norm."""
     T = tokens_BT.shape[1]
     positions = jnp.broadcast_to(jnp.arange(T), tokens_BT.shape) if positions_BT is None else positions_BT
-    angles = _stored(rotation(positions, config), tokens_BT)
-    embed_key, layers_key = jax.random.split(key) if key is not None and dropout_rate > 0 else (None, None)
-    x = jnp.take(constrain(embedding_table(params), "tensor", None), tokens_BT, axis=0).astype(compute.dtype)
-    x = dropout(constrain(x, BATCH, "seq", None), dropout_rate, embed_key)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
         return causal_attention(q, k, v, segments_BT=segments_BT, implementation=compute.attention), None
+
+    how: dict[str, Any] = {"config": config, "compute": compute, "dropout_rate": dropout_rate, "key": key}
+    return forward_with(params, tokens_BT, positions, attend, **how)
+
+
+def forward_with(
+    params: Params,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    attend: Attend,
+    *,
+    config: ModelConfig,
+    compute: Compute = DEFAULT_COMPUTE,
+    dropout_rate: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """`forward` with another attention -> hidden_BTD after the final norm."""
+    angles = _stored(rotation(positions_BT, config), tokens_BT)
+    embed_key, layers_key = jax.random.split(key) if key is not None and dropout_rate > 0 else (None, None)
+    x = jnp.take(constrain(embedding_table(params), "tensor", None), tokens_BT, axis=0).astype(compute.dtype)
+    x = dropout(constrain(x, BATCH, "seq", None), dropout_rate, embed_key)
 
     def body(x: jax.Array, layer_and_key: Any) -> tuple[jax.Array, None]:
         layer, layer_key = layer_and_key

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from afm_rl.compute import DEFAULT_COMPUTE, Compute
 from afm_rl.config import ModelConfig
@@ -28,6 +29,7 @@ from afm_rl.objectives.sequence import TargetScores, align_to_target, next_token
 from afm_rl.objectives.supervised import cross_entropy
 from afm_rl.parameters import Params
 from afm_rl.reward_model import score
+from afm_rl.shared_prompt import response_states
 from afm_rl.token_scores import map_logits, response_window, score_against, score_tokens, top1_tokens
 from afm_rl.training import Batch, LossFn
 from afm_rl.types import GRADINGS
@@ -165,7 +167,7 @@ def response_logps(
     """log p of every target token, 0 elsewhere -> [B, T] float32. The learner's program for all three log-probabilities.
 
     Where the batch says which token of a row comes first (`first_B`), mask_BT and the result begin there and the logits of
-    the prompt are not made.
+    the prompt are not made. Where prompts stand apart (prompt_PS, length_P: `shared_prompt.py`) the rows are the responses.
     """
     hidden_BTD, next_BT = _predictions(params, batch, config=config, compute=compute)
     how: dict[str, Any] = {"config": config, "compute": compute}
@@ -179,6 +181,12 @@ def _next_logp(logits_BCV: jax.Array, next_BC: jax.Array, *, temperature: float)
 
 def _predictions(params: Params, batch: Batch, *, config: ModelConfig, compute: Compute) -> tuple[jax.Array, jax.Array]:
     """The hidden states that predict the batch's tokens, and those tokens: of the rows, or of their responses alone."""
+    if "prompt_PS" in batch:
+        tokens_BT, (P, _) = batch["tokens_BT"], batch["prompt_PS"].shape
+        response_PGR = tokens_BT.reshape(P, -1, tokens_BT.shape[1])
+        how: dict[str, Any] = {"config": config, "compute": compute}
+        hidden_PGRD = response_states(params, batch["prompt_PS"], batch["length_P"], response_PGR, **how)
+        return hidden_PGRD.reshape(*tokens_BT.shape, -1), jnp.asarray(tokens_BT)
     hidden_BTD = hidden_states(params, batch, config=config, compute=compute)
     if "first_B" not in batch:
         return hidden_BTD, next_tokens(batch["tokens_BT"])
@@ -186,7 +194,7 @@ def _predictions(params: Params, batch: Batch, *, config: ModelConfig, compute: 
 
 
 def _aligned(value_BT: jax.Array, batch: Batch) -> jax.Array:
-    return value_BT if "first_B" in batch else align_to_target(value_BT)
+    return value_BT if "first_B" in batch or "prompt_PS" in batch else align_to_target(value_BT)
 
 
 def preference(

@@ -87,15 +87,14 @@ def batch(step: int) -> Batch:
     return rows.take((np.arange(4) + 4 * step) % len(rows))
 
 
-def scored_groups() -> list[ScoredGroup]:
-    """Four prompts with two responses each."""
+def scored_groups(prompt: int = 2) -> list[ScoredGroup]:
+    """Four prompts of this length with two responses each; those of the last two are of older weights."""
     rng = np.random.default_rng(1)
     found = []
     for p in range(4):
         responses = tuple(rng.integers(1, 32, size=n).astype(np.int32) for n in (3, 5))
-        logps = tuple(np.zeros(len(r), np.float32) for r in responses)
-        prompt = np.array([5, 1 + p], np.int32)
-        of_prompt = Group(f"p{p}", prompt, responses, logps, (True,) * 2, "mdloo", 0)
+        logps = tuple(rng.normal(-3.5, 0.1, len(r)).astype(np.float32) for r in responses)
+        of_prompt = Group(f"p{p}", np.full(prompt, 1 + p, np.int32), responses, logps, (True,) * 2, "mdloo", -(p // 2))
         found.append(ScoredGroup(of_prompt, rng.normal(size=2).astype(np.float32), np.ones(2, bool)))
     return found
 
@@ -128,17 +127,25 @@ def test_two_processes_train_what_one_device_does(group: GroupHandle, start: str
     assert {row[0] for row in weights.layout} == set(one)
 
 
-def test_an_mdloo_update_over_processes(group: GroupHandle, start: str, tmp_path: Path) -> None:
-    """Guards the three log-probabilities and the ratio's metrics, which are gathered from every process."""
-    settings = OnlineSettings(beta=0.1, gamma=0.5, inner_steps=2, temperature=0.9, microbatch=4)
+@pytest.mark.parametrize(("kl", "beta", "prompt"), [("sampled", 0.1, 2), ("full", 0.0, 20)])
+def test_an_online_update_over_processes(
+    group: GroupHandle, start: str, tmp_path: Path, kl: str, beta: float, prompt: int
+) -> None:
+    """Guards log-probabilities, ratios and staleness, which are gathered from every process, and the copy of theta_k."""
+    settings = OnlineSettings(beta=beta, gamma=0.5, kl=kl, inner_steps=2, temperature=0.9, microbatch=4, max_kl=50.0)
     alone = Learner()
     alone.begin(job(tmp_path / "one", start, "online"))
-    expected = alone.update_policy(0, scored_groups(), settings).metrics
+    expected = alone.update_policy(0, scored_groups(prompt), settings, {"issued": 4})
     call(group, "begin", job(tmp_path / "two", start, "online"))
-    found = call(group, "update_policy", 0, scored_groups(), settings).metrics
-    assert set(found) == set(expected)
-    for name, value in expected.items():
-        assert found[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+    found = call(group, "update_policy", 0, scored_groups(prompt), settings, {"issued": 4})
+    assert set(found.metrics) == set(expected.metrics)
+    assert found.metrics["inner_steps_done"] == 2
+    assert found.metrics["staleness_max"] == 1
+    for name, value in expected.metrics.items():
+        assert found.metrics[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+    for one, two in zip(expected.groups, found.groups, strict=True):
+        np.testing.assert_allclose(two.logp_G, one.logp_G, atol=1e-3)
+        np.testing.assert_allclose(two.advantage_G, one.advantage_G, atol=1e-3)
 
 
 @pytest.mark.parametrize(("number", "rank"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 0)])

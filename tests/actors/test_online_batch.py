@@ -43,6 +43,8 @@ def fake_log_probs(batch: Batch, which: str, temperature: float) -> np.ndarray:
     assert temperature == SETTINGS.temperature
     tokens_BT, first_B = batch["tokens_BT"], batch.get("first_B")
     time_BT = np.broadcast_to(np.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    if "length_P" in batch:
+        time_BT = time_BT + np.repeat(batch["length_P"], len(tokens_BT) // len(batch["length_P"]))[:, None]
     value_BT = -0.01 * (1 + tokens_BT) * (1 + time_BT) * (1.0 if which == "current" else 0.9)
     if first_B is None:
         return value_BT
@@ -116,17 +118,38 @@ MIXED = [
 ]
 
 
+LONG_PROMPTS = [
+    answers((3, 9, 20), (1.0, 0.0, 2.0), prompt=40),
+    answers((17, 2, 5), (0.5, np.nan, 3.0), prompt=50),
+    answers((1, 1, 30), (np.nan, np.nan, 1.0), prompt=33),
+]
+
+
 @pytest.mark.parametrize("algorithm", ["mdloo", "online_dpo"])
-@pytest.mark.parametrize("microbatch", [2, 4, 64])
-def test_microbatches_hold_every_response_once(algorithm: str, microbatch: int) -> None:
-    """Guards the cut into microbatches and windows, by reading each response's arrays back out of them."""
+@pytest.mark.parametrize(
+    ("groups", "microbatch", "layout"),
+    [
+        (MIXED, 2, "first_B"),
+        (MIXED, 4, "first_B"),
+        (MIXED, 64, "mask_BT"),
+        (LONG_PROMPTS, 4, "prompt_PS"),
+        (LONG_PROMPTS, 64, "prompt_PS"),
+    ],
+)
+def test_microbatches_hold_every_response_once(
+    algorithm: str, groups: list[ScoredGroup], microbatch: int, layout: str
+) -> None:
+    """Guards the cut into microbatches, windows and shared prompts, by reading each response's arrays back out of them."""
     settings = dataclasses.replace(SETTINGS, algorithm=algorithm, microbatch=microbatch)
-    batch = OnlineBatch(MIXED, settings, version=0)
+    batch = OnlineBatch(groups, settings, version=0)
     assert batch.score(fake_log_probs) == {"mdloo": 5, "online_dpo": 4}[algorithm]
-    known = {tuple(r.tolist()): (g, j) for g in MIXED for j, r in enumerate(g.group.responses)}
+    known = {tuple(r.tolist()): (g, j) for g in groups for j, r in enumerate(g.group.responses)}
     parts, found = batch.parts_of(1) if algorithm == "mdloo" else batch.parts_of(0), []
-    assert any("first_B" in part for part in parts) or microbatch == 64
+    assert any(layout in part for part in parts) or algorithm == "online_dpo"
     for part in parts:
+        for row, length in enumerate(part.get("length_P", ())):
+            prompt = next(g for g in groups if len(g.group.prompt_T) == length).group.prompt_T
+            np.testing.assert_array_equal(part["prompt_PS"][row, :length], prompt)
         assert len(part["tokens_BT"]) <= microbatch
         own = fake_log_probs(part, "current", SETTINGS.temperature) if algorithm == "mdloo" else None
         for row in np.flatnonzero(part["mask_BT"].any(-1)):

@@ -22,10 +22,9 @@ CONFIG = ModelConfig(13, 8, 16, 1, 2, 1, 4)
 SETTINGS = OnlineSettings(inner_steps=1, temperature=0.8, microbatch=64)
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A policy folder."""
-    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("policy") / "start"
+def policy(folder: Path, seed: int) -> str:
+    """A policy folder of random weights."""
+    rng = np.random.default_rng(seed)
 
     def draw(spec: ParamSpec) -> np.ndarray:
         return (np.ones(spec.shape) if spec.std is None else spec.std * rng.normal(size=spec.shape)).astype(np.float32)
@@ -34,8 +33,14 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def job(folder: Path, start: str) -> TrainingJob:
-    checkpoints, frozen = str(folder / "checkpoints"), {"reference": start}
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The policy that every update here begins with."""
+    return policy(tmp_path_factory.mktemp("policy") / "start", 0)
+
+
+def job(folder: Path, start: str, reference: str | None = None) -> TrainingJob:
+    checkpoints, frozen = str(folder / "checkpoints"), {"reference": reference or start}
     return TrainingJob(
         "rl", "online", OptimizerSpec("adamw", 0.003), checkpoints, init=start, frozen=frozen, checkpoint_every=1
     )
@@ -61,10 +66,12 @@ def groups(*, version: int = 0, sampler_seed: int = 0, changed: bool = False, pr
     return found
 
 
-def updated(folder: Path, start: str, settings: OnlineSettings, of: list[ScoredGroup]) -> tuple[PolicyUpdate, str]:
+def updated(
+    folder: Path, start: str, settings: OnlineSettings, of: list[ScoredGroup], reference: str | None = None
+) -> tuple[PolicyUpdate, str]:
     """One update from `start`: its report, and the digest of what came out."""
     learner = Learner()
-    learner.begin(job(folder, start))
+    learner.begin(job(folder, start, reference))
     return learner.update_policy(0, of, settings), learner.publish("rl", 1).digest
 
 
@@ -116,7 +123,7 @@ def test_inner_steps_end_early(tmp_path: Path, start: str) -> None:
 
 
 def test_the_full_form_starts_like_the_sampled_one(tmp_path: Path, start: str) -> None:
-    """Guards the copy of theta_k: equal first steps, whose KL has no gradient, and another second step."""
+    """Guards the copy of theta_k, which is no reference: equal first steps, whose KL has no gradient, another second one."""
     settings = dataclasses.replace(SETTINGS, gamma=2.0)
     metrics, digests = {}, {}
     for kl in ("sampled", "full"):
@@ -128,6 +135,9 @@ def test_the_full_form_starts_like_the_sampled_one(tmp_path: Path, start: str) -
     assert digests["full", 2] != digests["sampled", 2]
     assert metrics["full", 2]["kl_to_behavior"] == pytest.approx(metrics["sampled", 2]["kl_to_behavior"], rel=1e-4)
     assert metrics["full", 2]["grad_norm"] != pytest.approx(metrics["sampled", 2]["grad_norm"], rel=1e-4)
+    other = policy(tmp_path / "other", 1)
+    settings = dataclasses.replace(settings, kl="full", inner_steps=2)
+    assert updated(tmp_path / "of other", start, settings, groups(), other)[1] == digests["full", 2]
 
 
 def test_what_an_iteration_leaves_survives_a_restart(tmp_path: Path, start: str) -> None:

@@ -250,7 +250,8 @@ class RayHandle:
         return RayPending(f"the placement of {self.name}", self._actor.ping.remote())
 
     def stats(self) -> ActorStats:
-        return RayPending(f"{self.name}.stats", self._actor.stats.remote()).result(30.0)
+        stats: ActorStats = gather([RayPending(f"{self.name}.stats", self._actor.stats.remote())], deadline_s=30.0)[0]
+        return stats
 
     def pulses(self) -> Mapping[str, Pending]:
         return {self.name: RayPending(f"{self.name}.pulse", self._actor.pulse.remote())}

@@ -208,8 +208,9 @@ class RayStreamingHandle(RayHandle):
 
     def stats(self) -> ActorStats:
         """What the actor did since it was last started."""
-        stats = self._aside("stats", max_task_retries=-1)
-        return RayPending(f"{self.name}.stats", stats.remote()).result(REVIVAL_DEADLINE_S)
+        pending = RayPending(f"{self.name}.stats", self._aside("stats", max_task_retries=-1).remote())
+        stats: ActorStats = gather([pending], deadline_s=REVIVAL_DEADLINE_S)[0]
+        return stats
 
     def pulses(self) -> Mapping[str, Pending]:
         return {self.name: RayPending(f"{self.name}.pulse", self._aside("pulse").remote())}

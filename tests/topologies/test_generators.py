@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 
 from actors.host import InlineHandle, call
@@ -13,7 +15,7 @@ from actors.sampler import Acknowledged, PolicySpec, Sampler
 from actors.streams import InlineStreamingHandle
 from actors.weights import WeightsOutOfSyncError, WeightStore
 from afm_rl.types import Answered, GenerationRequest, Group, Weights
-from tests.actors.toy_policy import ENGINE, SPEC, request, weights
+from tests.actors.toy_policy import ENGINE, SPEC, damaged, request, weights
 from topologies.actor_options import Generating
 from topologies.generators import Generators
 
@@ -70,6 +72,69 @@ def test_an_answer_of_other_weights_is_an_error() -> None:
         samplers.give("mdloo", version, SPEC, digest=publish(store, "mdloo", version, seed=version))
     with pytest.raises(WeightsOutOfSyncError, match="'r' was answered by 'mdloo' version 0 instead of 'mdloo' version 1"):
         samplers.answer("mdloo", [request("r", 5)])
+
+
+class Mixed(Sampler):
+    """Its answers hold a token of weights that nobody was given."""
+
+    def answer(self, policy: str, requests: Sequence[GenerationRequest]) -> Iterator[Answered]:
+        for one in super().answer(policy, requests):
+            assert isinstance(one.result, Group)
+            versions = tuple(np.full(len(response), one.result.version, np.int32) for response in one.result.responses)
+            versions[0][-1] = 7
+            yield dataclasses.replace(one, result=dataclasses.replace(one.result, versions=versions))
+
+
+def test_every_token_is_of_weights_that_were_given() -> None:
+    """Guards responses that went on over an update: it is the versions of the tokens that count, not of the beginning."""
+    store, samplers = generators(Mixed)
+    samplers.give("mdloo", 6, SPEC, digest=publish(store, "mdloo", 6))
+    with pytest.raises(WeightsOutOfSyncError, match="'r' was answered by 'mdloo' version 6, 7 instead of 'mdloo' version 6"):
+        samplers.answer("mdloo", [request("r", 5)])
+
+
+def test_answers_may_be_of_weights_given_since_the_call_began() -> None:
+    """Guards overlapped iterations: what was begun on the older version and what follows on the newer are both taken, in the
+    same call; a later call takes the newer alone."""
+    store, samplers = generators()
+    samplers.give("mdloo", 1, SPEC, digest=publish(store, "mdloo", 1, seed=1))
+    answers = samplers.answers("mdloo", [request(f"r{i}", 5, i % 3) for i in range(24)])
+    versions = [next(answers).version for _ in range(3)]
+    samplers.give("mdloo", 2, SPEC, digest=publish(store, "mdloo", 2, seed=2))
+    versions += [group.version for group in answers]
+    assert len(versions) == 24
+    assert set(versions) == {1, 2}
+    assert {group.version for group in samplers.answers("mdloo", [request("r", 5), request("r", 6)])} == {2}
+
+
+class Damaging(InlineStreamingHandle):
+    """One bit of its next delivery is changed on the way."""
+
+    due = False
+
+    def submit(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        if method == "load" and self.due:
+            self.due = False
+            return super().submit(method, damaged(args[0].result(1.0)), *args[1:], **kwargs)
+        return super().submit(method, *args, **kwargs)
+
+
+@pytest.mark.parametrize("budget", [1, 0])
+def test_nobody_generates_from_damaged_weights(budget: int) -> None:
+    """Guards against a flipped bit: that sampler is given the weights again or, without a budget for it, asked no more."""
+    store, names = InlineHandle("weights", WeightStore, {}), ["sampler-0", "sampler-1"]
+    handles = [Damaging(name, Sampler, {"engine": ENGINE, "name": name, "store": store}) for name in names]
+    samplers = Generators(handles, store, Generating(max_batch=4, max_restarts=budget))
+    samplers.give("mdloo", 1, SPEC, digest=publish(store, "mdloo", 1, seed=1))
+    handles[1].due = True
+    samplers.give("mdloo", 2, SPEC, digest=publish(store, "mdloo", 2, seed=2))
+    before = samplers.look()
+    groups = samplers.answer("mdloo", [request(f"r{i}", 5, i % 3) for i in range(12)])
+    assert {group.version for group in groups} == {2}
+    now = {handle.name: call(handle, "use") for handle in handles}
+    assert now["sampler-0"].steps > before["sampler-0"].steps
+    assert (now["sampler-1"].steps > 0) == (budget == 1)
+    assert samplers.sync("mdloo").actors == 1 + budget
 
 
 class Sink:

@@ -30,6 +30,6 @@ def reward(prompt: str, response: str, data: Mapping[str, Any]) -> float:
 @functools.lru_cache(maxsize=4096)
 def _truth(value: str) -> list[Any]:
     found = parse(f"\\boxed{{{value}}}", parsing_timeout=None, raise_on_error=True)
-    if not found:
+    if all(isinstance(form, str) for form in found):
         raise ValueError(f"the prompt's answer {value!r} cannot be read as mathematics")
     return found

@@ -1,4 +1,4 @@
-"""The reward actor with functions of the user's: weighted sums, failures that cost one response, and scores in any company."""
+"""The reward actor with the user's functions: weighted sums, failures that cost one response, scores in any company."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def short(prompt, responses, data):
 short.batch = True
 
 def seen(prompt, response, data):
-    return float(data["transcript"] == "one\\nTOOL\\ntwo" and response == "one\\ntwo" and data["tokens"] == 4)
+    return float(data["transcript"] == "one\\nTOOL\\ntwo" and response == "one\\ntwo" and data["tokens"] == 5)
 """
 PROMPT = Prompt("p", (Message("user", "how many?"),))
 
@@ -78,7 +78,7 @@ def actor() -> Iterator[Reward]:
 
 def spec(tokenizer: tuple[Tokenizer, str], user: str, *names: str, **more: object) -> RewardSpec:
     functions = tuple(FunctionSpec(name, Task(f"my_rewards:{name}", search_path=(user,))) for name in names)
-    weights = {name: 2.0 for name in names} | dict(more.pop("weights", {}))  # type: ignore[call-overload]
+    weights = dict.fromkeys(names, 2.0) | dict(more.pop("weights", {}))  # type: ignore[call-overload]
     return RewardSpec(tokenizer[1], None, weights, functions=functions, **more)  # type: ignore[arg-type]
 
 
@@ -125,12 +125,14 @@ def test_a_batch_function_sees_one_prompts_responses(tokenizer: tuple[Tokenizer,
 def test_the_environments_words_are_not_the_responses(tokenizer: tuple[Tokenizer, str], user: str, actor: Reward) -> None:
     """Guards several turns: rewards read the policy's own text, lengths count its own tokens, the transcript has all."""
     one, tool, two = (tokenizer[0].encode_response(text) for text in ("one", "TOOL", "two"))
-    assert (len(one), len(two)) == (2, 2)
     tokens = np.array([*one, *tool, *two], np.int32)
-    mine = np.array([True] * 2 + [False] * len(tool) + [True] * 2)
+    mine = np.array([True] * len(one) + [False] * len(tool) + [True] * len(two))
     played = Group("p", np.array([4]), (tokens,), (np.zeros(len(tokens)),), (True,), "mdloo", 0, actions=(mine,))
     paid = ScoredGroup(played, np.float32([0.5]), np.array([True]), {"environment": np.float32([0.5])})
-    length = {"length": SoftOverlong(max_tokens=4, buffer_tokens=1), "weights": {"environment": 3.0, "length": 1.0}}
+    length = {
+        "length": SoftOverlong(max_tokens=len(one) + len(two), buffer_tokens=1),
+        "weights": {"environment": 3.0, "length": 1.0},
+    }
     actor.load(spec(tokenizer, user, "seen", **length))
     (found,) = actor.score([paid], [PROMPT])
     np.testing.assert_array_equal(found.reward_G, [2.0 + 1.5 - 1.0])

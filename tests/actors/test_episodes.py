@@ -71,7 +71,7 @@ CALLS = {
 
 
 def test_a_conversation_is_the_engines_own_tokens(tokenizer: Tokenizer) -> None:
-    """Guards exactness: every turn's prompt extends the last one's by sampled and environment tokens, as the chat is written."""
+    """Guards exactness: every turn's prompt is the last one's, the sampled tokens and the environment's, as chats are."""
     script = Script(tokenizer, CALLS)
     first, second = play(script, [FIRST, SECOND], host=LocalHost(Calculator), tokenizer=tokenizer, options=OPTIONS)
     assert [len(asked) for asked in script.requests] == [2, 3, 1]
@@ -95,7 +95,7 @@ def test_a_conversation_is_the_engines_own_tokens(tokenizer: Tokenizer) -> None:
 
 
 def test_the_policys_tokens_are_told_from_the_environments(tokenizer: Tokenizer) -> None:
-    """Guards the loss: actions are the turns with their end of turn, once; the environment's tokens have no log-probability."""
+    """Guards the loss: actions are the turns with their end, once; the environment's tokens have no log-probability."""
     first, _ = play(
         Script(tokenizer, CALLS), [FIRST, SECOND], host=LocalHost(Calculator), tokenizer=tokenizer, options=OPTIONS
     )

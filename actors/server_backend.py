@@ -160,7 +160,7 @@ def _score(
     params: Params, tokens_T: jax.Array, *, config: ModelConfig, dtype: str, top: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(logp_T of the NEXT token, top_logp_TK, top_ids_TK), one block of rows of logits in memory at a time."""
-    hidden_1TD, _ = forward(params, tokens_T[None], config=config, compute=Compute(dtype=dtype))
+    hidden_1TD = forward(params, tokens_T[None], config=config, compute=Compute(dtype=dtype))
     next_T = jnp.roll(tokens_T, -1)
 
     def rows(block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:

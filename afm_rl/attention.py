@@ -3,7 +3,7 @@
 Paper section 2 (grouped-query attention, 8 KV heads in the published models). Three implementations: `attention_xla` (every
 backend, and the only one that this project's tests run on its own hardware), cuDNN on NVIDIA GPUs and splash on TPUs
 (`attention_kernels`: neither has run on its hardware in these tests). All honour `segments_BT`: packed documents do not see
-each other. `attention_sharding` cuts the work over the mesh. One decoding step over a cache is in `decode_attention`.
+each other. `attention_sharding` cuts the work over the mesh. A cache of pages has its own: `generation/paged_attention.py`.
 
 Shapes: B batch, T time, N query heads, K kv heads, H head dim.
 """
@@ -24,9 +24,6 @@ from afm_rl.attention_kernels import (
 )
 from afm_rl.attention_sharding import Layout, attention_layout, shard_attention
 from afm_rl.attention_xla import xla_attention
-from afm_rl.decode_attention import decode_attention
-
-__all__ = ["Implementation", "causal_attention", "chosen_implementation", "decode_attention"]
 
 Implementation = Literal["auto", "xla", "cudnn", "splash"]
 

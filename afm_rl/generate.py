@@ -17,12 +17,9 @@ from collections.abc import Generator as Iteration
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from afm_rl.config import ModelConfig
 from afm_rl.generation.admission import Limits, check_request
-from afm_rl.generation.engine_weights import AdapterBank, EngineWeights, prepare
+from afm_rl.generation.engine_weights import AdapterBank, EngineWeights, prepare_finite
 from afm_rl.generation.options import EngineOptions
 from afm_rl.generation.pages import PagePool
 from afm_rl.generation.programs import Decoded
@@ -104,7 +101,7 @@ class Generator:
         self.max_context = min(self.options.max_context or config.max_positions, config.max_positions)
         self._text = decode
         self._runner = runner = Runner(config, self.options, max_context=self.max_context)
-        pool = PagePool(runner.pages, self.options.page_size)
+        pool = self._empty_pool()
         self._limits = Limits(
             config.vocab_size, self.max_context, config.max_positions, pool.pages, pool.page_size, runner.page_bytes
         )
@@ -154,9 +151,9 @@ class Generator:
 
         Raises ValueError when a value is not finite or a shape is wrong; what was loaded before stays in use.
         """
-        base = prepare(dict(params), self.config, jnp.dtype(self.options.compute_dtype))
-        if not bool(_all_finite(base)):
-            raise ValueError(f"weights of policy {policy!r} version {version} hold values that are not finite")
+        base = prepare_finite(
+            params, self.config, self.options.compute_dtype, what=f"weights of policy {policy!r} version {version}"
+        )
         self._pending = _Update(base, policy, version)
         self._update()
 
@@ -170,10 +167,8 @@ class Generator:
             raise ValueError(f"the draft model knows {sizes}: it must have the policy's tokenizer")
         if self._jobs:
             raise ValueError(f"a draft model is loaded while nothing runs; {len(self._jobs)} requests are unfinished")
-        base = prepare(dict(params), config, jnp.dtype(self.options.compute_dtype))
-        if not bool(_all_finite(base)):
-            raise ValueError("the draft model holds values that are not finite")
-        self._scheduler.pool = PagePool(self._runner.pages, self.options.page_size)  # the draft has no known prefixes yet
+        base = prepare_finite(params, config, self.options.compute_dtype, what="the draft model's weights")
+        self._scheduler.pool = self._empty_pool()  # the draft has no known prefixes yet
         self._draft = Runner(config, self.options, max_context=self.max_context, pages=self._runner.pages)
         self._draft.weights = EngineWeights(base)
         self._speculator = Speculator(options, self._runner, self._draft)
@@ -207,11 +202,11 @@ class Generator:
             raise RuntimeError(f"an engine cannot rest: {len(self._jobs)} requests are unfinished")
         for runner in self._runners:
             runner.rest()
-        self._scheduler.pool = PagePool(self._runner.pages, self.options.page_size)
+        self._scheduler.pool = self._empty_pool()
 
     def submit(self, request: GenerationRequest) -> None:
         """Put a request into the queue. Raises ValueError for one that can never run; nothing else is affected."""
-        self._submit(request)
+        self._enqueue(self._checked(request))
 
     def step(self) -> list[Group]:
         """One step of the engine: the requests that it answered. Where it raises, every unfinished request is given up."""
@@ -225,22 +220,24 @@ class Generator:
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Group]:
         """Answer every request, in order. Raises ValueError for one that cannot run, before any is begun."""
-        for request in requests:
-            self._check(request)
-        jobs = [self._submit(request) for request in requests]
-        answers: dict[int, Group] = {}
+        jobs = [self._checked(request) for request in requests]
+        for job in jobs:
+            self._enqueue(job)
+        awaited, answers = {job.arrival for job in jobs}, dict[int, Group]()
         while len(answers) < len(jobs):
             for job in self._step():
-                if job in jobs:
-                    answers[job.arrival] = group_of(job, policy=self.policy)
+                group = group_of(job, policy=self.policy)
+                if job.arrival in awaited:
+                    answers[job.arrival] = group
                 else:
-                    self._unclaimed.append(group_of(job, policy=self.policy))
+                    self._unclaimed.append(group)
         return [answers[job.arrival] for job in jobs]
 
     def stream(self, request: GenerationRequest) -> Iteration[int, None, None]:
         """The tokens of the first response as they are decoded; the same tokens as `generate` gives."""
-        job = self._submit(request)
+        job = self._checked(request)
         job.streamed = True
+        self._enqueue(job)
         [response, *_] = job.responses
         sent = 0
         try:
@@ -256,21 +253,20 @@ class Generator:
             if job.arrival in self._jobs:
                 self._give_up(job)
 
-    def _check(self, request: GenerationRequest) -> None:
+    def _empty_pool(self) -> PagePool:
+        """Every page of the cache, free."""
+        return PagePool(self._runner.pages, self.options.page_size)
+
+    def _checked(self, request: GenerationRequest) -> Job:
+        """The job of a request that can run, not yet in the queue."""
         if self.version < 0 and self._pending is None:
             raise NoWeightsError("no weights loaded: call load() before generate()")
         if self.options.speculative is not None and self._speculator is None:
             raise NoWeightsError("no draft model loaded: call load_draft() before generate()")
-        ids = self._stop_ids(request)
-        check_request(request, self._limits, stop_ids=ids, adapters=self.adapters, has_text=self._text is not None)
-
-    def _stop_ids(self, request: GenerationRequest) -> tuple[int, ...]:
         own = () if request.options.ignore_stop else self.stop_ids
-        return tuple(dict.fromkeys((*own, *request.options.stop_ids)))
-
-    def _submit(self, request: GenerationRequest) -> Job:
-        self._check(request)
-        job = Job(request, self._arrivals, self._stop_ids(request))
+        ids = tuple(dict.fromkeys((*own, *request.options.stop_ids)))
+        check_request(request, self._limits, stop_ids=ids, adapters=self.adapters, has_text=self._text is not None)
+        job = Job(request, ids)
         if request.adapter:
             assert self._bank is not None
             job.adapter = self._bank.names.index(request.adapter)
@@ -278,10 +274,13 @@ class Generator:
         if (wanted := request.options.prompt_logprobs) is not None:
             job.prompt_scores = PromptScores.unknown(len(request.prompt_T), wanted)
         job.responses = [Response(job, j) for j in range(request.num_responses)]
+        return job
+
+    def _enqueue(self, job: Job) -> None:
+        job.arrival = self._arrivals
         self._arrivals += 1
         self._jobs[job.arrival] = job
         self._scheduler.add(job)
-        return job
 
     def _step(self) -> list[Job]:
         """One step; the jobs that ended, but those whose tokens a stream has taken. A failure gives up every request."""
@@ -390,9 +389,3 @@ class Generator:
 def request_seed(*parts: object) -> int:
     """A 32-bit seed from anything printable: the same request gets the same stream on every launcher and after a resume."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")
-
-
-@jax.jit
-def _all_finite(params: Any) -> jax.Array:
-    floats = [leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]).all()

@@ -4,7 +4,7 @@ The parameters are declared in `afm_rl/parameters.py`. QK-norm comes before RoPE
 Face's Qwen3, taken for exact interchange, where axlearn normalises after RoPE on interleaved pairs. Under a mesh
 (`afm_rl/sharding.py`) the residual stream lies cut over batch and sequence; XLA derives the rest from the parameters.
 
-Shapes: B batch, T time, D model, F ffn, N query heads, K kv heads, H head dim, V vocab, L layers, P prompts, G responses.
+Shapes: B batch, T time, D model, F ffn, N query heads, K kv heads, H head dim, V vocab, L layers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from jax.ad_checkpoint import checkpoint_name
 from afm_rl.attention import causal_attention
 from afm_rl.compute import DEFAULT_COMPUTE, Compute
 from afm_rl.config import ModelConfig
-from afm_rl.decode_attention import decode_attention
 from afm_rl.dense import dense
 from afm_rl.parameters import Params
 from afm_rl.quantized import Int8Embedding
@@ -30,15 +29,6 @@ from afm_rl.sharding import BATCH, constrain, current_mesh
 MAX_UNROLLED_LAYERS = 8
 #: What rematerialisation by names keeps of a layer for the backward pass: the outputs of its two branches.
 SAVED_NAMES = ("attention", "mlp")
-
-
-class KVCache(NamedTuple):
-    """Per layer: prompt keys/values [P, S, K, H], stored once for the G responses, and response ones [P, G, T, K, H]."""
-
-    prompt_k: tuple[jax.Array, ...]
-    prompt_v: tuple[jax.Array, ...]
-    response_k: tuple[jax.Array, ...]
-    response_v: tuple[jax.Array, ...]
 
 
 def embedding_table(params: Params, name: str = "embed") -> jax.Array:
@@ -159,9 +149,8 @@ def forward(
     compute: Compute = DEFAULT_COMPUTE,
     dropout_rate: float = 0.0,
     key: jax.Array | None = None,
-    keep_cache: bool = False,
-) -> tuple[jax.Array, Any]:
-    """Whole sequences -> (hidden_BTD after the final norm, keys and values [L, B, T, K, H] if `keep_cache` else None)."""
+) -> jax.Array:
+    """Whole sequences -> hidden_BTD after the final norm."""
     T = tokens_BT.shape[1]
     positions = jnp.broadcast_to(jnp.arange(T), tokens_BT.shape) if positions_BT is None else positions_BT
     angles = _stored(rotation(positions, config), tokens_BT)
@@ -169,21 +158,20 @@ def forward(
     x = jnp.take(constrain(embedding_table(params), "tensor", None), tokens_BT, axis=0).astype(compute.dtype)
     x = dropout(constrain(x, BATCH, "seq", None), dropout_rate, embed_key)
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-        mixed = causal_attention(q, k, v, segments_BT=segments_BT, implementation=compute.attention)
-        return mixed, ((k, v) if keep_cache else None)
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+        return causal_attention(q, k, v, segments_BT=segments_BT, implementation=compute.attention), None
 
-    def body(x: jax.Array, layer_and_key: Any) -> tuple[jax.Array, Any]:
+    def body(x: jax.Array, layer_and_key: Any) -> tuple[jax.Array, None]:
         layer, layer_key = layer_and_key
-        x, cache = block(x, layer, config=config, angles=angles, attend=attend, dropout_rate=dropout_rate, key=layer_key)
-        return constrain(x, BATCH, "seq", None), cache
+        x, _ = block(x, layer, config=config, angles=angles, attend=attend, dropout_rate=dropout_rate, key=layer_key)
+        return constrain(x, BATCH, "seq", None), None
 
     L = config.num_layers
     keys = jax.random.split(layers_key, L) if layers_key is not None else None
     unrolled = L <= MAX_UNROLLED_LAYERS and jax.default_backend() == "cpu"
     body = rematerialised(body, compute.remat, in_loop=not unrolled)
-    x, cache = jax.lax.scan(body, x, (params["layers"], keys), unroll=L if unrolled else 1)
-    return rms_norm(x, params["final_norm"], config.norm_eps), cache
+    x, _ = jax.lax.scan(body, x, (params["layers"], keys), unroll=L if unrolled else 1)
+    return rms_norm(x, params["final_norm"], config.norm_eps)
 
 
 def rematerialised(body: Callable[..., Any], remat: str, *, in_loop: bool) -> Callable[..., Any]:
@@ -209,44 +197,6 @@ def logits(params: Params, hidden: jax.Array, config: ModelConfig) -> jax.Array:
     return dense(hidden, table, split="out", out_dtype=jnp.float32)
 
 
-def decode_step(
-    params: Params,
-    tokens_PG: jax.Array,
-    cache: KVCache,
-    *,
-    config: ModelConfig,
-    prompt_length_P: jax.Array,
-    step: jax.Array,
-) -> tuple[jax.Array, KVCache]:
-    """Token number `step` of every response -> (float32 logits_PGV for the next one, cache with its keys and values)."""
-    positions_PG = jnp.broadcast_to(prompt_length_P[:, None] + step, tokens_PG.shape)
-    angles = rotation(positions_PG, config)
-    x = jnp.take(embedding_table(params), tokens_PG, axis=0).astype(cache.prompt_k[0].dtype)
-    visible_PS = jnp.arange(cache.prompt_k[0].shape[1]) < prompt_length_P[:, None]
-    response_k, response_v = list(cache.response_k), list(cache.response_v)
-    for index in range(config.num_layers):
-        layer = jax.tree.map(lambda leaf, i=index: leaf[i], params["layers"])
-
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array, i: int = index) -> tuple[jax.Array, Any]:
-            all_k = jax.lax.dynamic_update_slice_in_dim(response_k[i], k[:, :, None], step, axis=2)
-            all_v = jax.lax.dynamic_update_slice_in_dim(response_v[i], v[:, :, None], step, axis=2)
-            mixed = decode_attention(
-                q,
-                cache.prompt_k[i],
-                cache.prompt_v[i],
-                all_k,
-                all_v,
-                prompt_visible_PS=visible_PS,
-                step=step,
-            )
-            return mixed, (all_k, all_v)
-
-        x, (response_k[index], response_v[index]) = block(x, layer, config=config, angles=angles, attend=attend)
-    hidden = rms_norm(x, params["final_norm"], config.norm_eps)
-    cache = cache._replace(response_k=tuple(response_k), response_v=tuple(response_v))
-    return logits(params, hidden, config), cache
-
-
 class Transformer(nnx.Module):
     """The model as one object: configuration, parameters and `model(tokens_BT)` -> float32 logits_BTV."""
 
@@ -255,5 +205,5 @@ class Transformer(nnx.Module):
         self.params = nnx.data(params)
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        hidden_BTD, _ = forward(self.params, tokens_BT, config=self.config)
+        hidden_BTD = forward(self.params, tokens_BT, config=self.config)
         return logits(self.params, hidden_BTD, self.config)

@@ -54,7 +54,7 @@ def score(
     key: jax.Array | None = None,
 ) -> Scores:
     """r(x, y) and the grade logits of right-padded sequences whose real lengths are `length_B` (at least 1)."""
-    hidden_BTD, _ = forward(params["trunk"], tokens_BT, config=config, compute=compute, dropout_rate=dropout_rate, key=key)
+    hidden_BTD = forward(params["trunk"], tokens_BT, config=config, compute=compute, dropout_rate=dropout_rate, key=key)
     last_BD = jnp.take_along_axis(hidden_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0].astype(jnp.float32)
     heads = params["heads"]
     grades = {name: dense(jax.nn.gelu(dense(last_BD, heads[name]["up"])), heads[name]["down"]) for name in GRADINGS}

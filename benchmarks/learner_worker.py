@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timing import seconds_of
 
 import afm_rl.model as model_module
 from afm_rl.attention import causal_attention
@@ -44,17 +44,6 @@ def make_batch(config: ModelConfig, batch: int, tokens: int) -> dict[str, jax.Ar
     mask_BT = np.ones((batch, tokens), np.float32)
     mask_BT[:, 0] = 0
     return {"tokens_BT": jnp.asarray(ids_BT), "mask_BT": jnp.asarray(mask_BT)}
-
-
-def seconds_of(run: Callable[[], Any], *, reps: int) -> float:
-    """Median seconds of `reps` runs after one that compiles."""
-    jax.block_until_ready(run())
-    seconds = []
-    for _ in range(reps):
-        before = time.perf_counter()
-        jax.block_until_ready(run())
-        seconds.append(time.perf_counter() - before)
-    return statistics.median(seconds)
 
 
 def build_step(config: ModelConfig, job: dict[str, Any]) -> Callable[[], float]:

@@ -9,16 +9,15 @@ Everything runs through the product's facade, `afm_rl.generate.Generator`. Besid
 from __future__ import annotations
 
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from peers.workload import Workload, make_prompts, serve
+from timing import seconds_of
 
 from afm_rl.compute import Compute
 from afm_rl.config import ModelConfig
@@ -95,17 +94,6 @@ def alone(generator: Generator, workload: Workload) -> dict[str, Any]:
     return {"tokens": total, "differing": differing, "parted": parted, "same_context": same_context}
 
 
-def seconds_of(run: Callable[[], Any], *, reps: int) -> float:
-    """Median seconds of `reps` runs after one that compiles."""
-    jax.block_until_ready(run())
-    seconds = []
-    for _ in range(reps):
-        before = time.perf_counter()
-        jax.block_until_ready(run())
-        seconds.append(time.perf_counter() - before)
-    return statistics.median(seconds)
-
-
 def machine(rows: int) -> dict[str, Any]:
     """GFLOP/s of the fastest product of `rows` rows in each dtype (float32 result), and GB/s of reading a large array."""
     product = jax.jit(lambda x, w: jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32))
@@ -132,7 +120,7 @@ def main() -> None:
     compute = Compute(dtype=job["dtype"])
 
     def score(ids: Sequence[int]) -> np.ndarray:
-        hidden_BTD, _ = forward(params, jnp.asarray([ids], jnp.int32), config=config, compute=compute)
+        hidden_BTD = forward(params, jnp.asarray([ids], jnp.int32), config=config, compute=compute)
         return np.asarray(logits(params, hidden_BTD[:, -1], config)[0])
 
     serve(

@@ -1,4 +1,4 @@
-"""Attention against plain float64 loops: causality, grouped heads, packed documents, and the decoding step."""
+"""Attention against plain float64 loops: causality, grouped heads and packed documents."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from afm_rl.attention import causal_attention, decode_attention
+from afm_rl.attention import causal_attention
 
 B, T, K, M, H = 2, 7, 2, 3, 4
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 0, 0], [1, 2, 2, 2, 3, 3, 3]])
@@ -60,31 +60,6 @@ def test_the_softmax_is_float32_and_the_output_keeps_its_type() -> None:
     out = attend(zeros, zeros, ones)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(out[0, -1], np.float32), 1.0, rtol=0.01)
-
-
-def test_a_decoding_step_is_the_last_row_of_causal_attention() -> None:
-    """Guards the split cache: G responses share a prompt's keys; padding and slots not yet written are not read."""
-    P, G, S, R, step = 2, 3, 4, 5, 2
-    lengths = np.array([4, 2])
-    rng = np.random.default_rng(1)
-    prompt_k, prompt_v = rng.normal(size=(2, P, S, K, H)).astype(np.float32)
-    response_k, response_v = rng.normal(size=(2, P, G, R, K, H)).astype(np.float32)
-    q = rng.normal(size=(P, G, K * M, H)).astype(np.float32)
-    visible = np.arange(S) < lengths[:, None]
-    for array in (prompt_k, prompt_v):
-        array[~visible] = 1e6
-    for array in (response_k, response_v):
-        array[:, :, step + 1 :] = -1e6
-    out = jax.jit(decode_attention)(
-        q, prompt_k, prompt_v, response_k, response_v, prompt_visible_PS=visible, step=jnp.int32(step)
-    )
-    for p, g in np.ndindex(P, G):
-        keys, values = (
-            np.concatenate([prompt[p, : lengths[p]], response[p, g, : step + 1]])[None]
-            for prompt, response in ((prompt_k, response_k), (prompt_v, response_v))
-        )
-        queries = np.repeat(q[p, g][None, None], keys.shape[1], axis=1)
-        np.testing.assert_allclose(out[p, g], reference(queries, keys, values)[0, -1], atol=2e-6)
 
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["whole", "packed"])

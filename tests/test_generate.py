@@ -40,7 +40,7 @@ PARAMS = random_params(CONFIG)
 
 @jax.jit
 def full_logits(tokens_BT: jax.Array) -> jax.Array:
-    hidden, _ = forward(PARAMS, tokens_BT, config=CONFIG)
+    hidden = forward(PARAMS, tokens_BT, config=CONFIG)
     return logits(PARAMS, hidden, CONFIG)
 
 
@@ -197,7 +197,7 @@ def test_draws_follow_the_distribution() -> None:
     np.add.at(counts, tuple(draw(params, request).T), 1)
 
     rows = np.array([[*prompt, v] for v in range(6)])
-    scores = jax.jit(lambda p: logits(p, forward(p, jnp.asarray(rows), config=TOY)[0], TOY))(params)
+    scores = jax.jit(lambda p: logits(p, forward(p, jnp.asarray(rows), config=TOY), TOY))(params)
     scores = np.asarray(scores, np.float64)[:, 2:] / temperature
     p = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     expected = DRAWS * p[0, 0][:, None] * p[:, 1]

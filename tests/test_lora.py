@@ -60,7 +60,7 @@ def loop_dequantize(leaf: PalettizedWeight) -> np.ndarray:
 
 @jax.jit
 def run(params: Any) -> jax.Array:
-    hidden, _ = forward(params, TOKENS, config=CONFIG)
+    hidden = forward(params, TOKENS, config=CONFIG)
     return logits(params, hidden, CONFIG)
 
 

@@ -38,7 +38,7 @@ def gelu(x: np.ndarray) -> np.ndarray:
 
 def test_heads_read_the_last_real_token(params: Params) -> None:
     """Guards E.1 in NumPy: the state after the final norm of token length - 1, one linear head and four small MLPs."""
-    hidden = np.asarray(jax.jit(lambda p: forward(p, jnp.asarray(TOKENS), config=CONFIG)[0])(params["trunk"]))
+    hidden = np.asarray(jax.jit(lambda p: forward(p, jnp.asarray(TOKENS), config=CONFIG))(params["trunk"]))
     last = np.stack([hidden[row, length - 1] for row, length in enumerate(LENGTHS)])
     found = run(params, TOKENS, LENGTHS)
     np.testing.assert_allclose(found.reward_B, last @ params["heads"]["reward"][0], rtol=1e-4)

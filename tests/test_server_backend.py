@@ -113,7 +113,7 @@ def answer(backend: AdapterBackend, model: str, *, seed: int = 0) -> list[int]:
 
 @partial(jax.jit, static_argnames="config")
 def forward_logits(params: Params, tokens_BT: np.ndarray, *, config: ModelConfig) -> jax.Array:
-    return logits(params, forward(params, tokens_BT, config=config)[0], config)
+    return logits(params, forward(params, tokens_BT, config=config), config)
 
 
 def reference_logp(params: Params, tokens: np.ndarray, config: ModelConfig) -> np.ndarray:

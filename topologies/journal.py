@@ -1,9 +1,9 @@
 """The journal of a run: an append-only file of records, the truth about what has been done.
 
-The file starts with a magic word. A record is a 12-byte header (length, CRC-32 of the payload, CRC-32 of these eight
-bytes) and a msgpack payload; each is on disk (fsync) before `append` returns. Only the last record can be torn by a
-crash: it is cut off on opening, with a warning. Damage before a whole record is an error, since what follows would be
-lost. One writer at a time, by a lock on the file beside the journal; readers need no lock.
+The records are framed (`framed_file.py`); each is on disk (fsync) before `append` returns, but those that only save work
+may leave that to the next one. Only the last record can be torn by a crash: it is cut off on opening, with a warning.
+Damage before a whole record is an error, since what follows would be lost. One writer at a time, by a lock on the file
+beside the journal; readers need no lock.
 """
 
 from __future__ import annotations
@@ -11,22 +11,15 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import struct
 import threading
-import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgpack
-
 from afm_rl.errors import UserError
+from topologies.framed_file import Scan, frame, pack, scan, unpack, write_at
 
 _MAGIC = b"AFMRLJ01"
-_START = struct.Struct("<II")  # length and CRC-32 of the payload
-_CHECK = struct.Struct("<I")  # CRC-32 of the two, so that a damaged length is not taken for a torn record
-_HEADER_BYTES = _START.size + _CHECK.size
 _ONCE = "once"
 _log = logging.getLogger(__name__)
 
@@ -37,15 +30,6 @@ class JournalError(UserError):
 
 class JournalLockedError(UserError):
     """Another process, or another `Journal` of this one, is writing."""
-
-
-@dataclass(frozen=True)
-class _Scan:
-    """What a file holds: its records, the offset where they end, and whether a torn one stands there."""
-
-    records: list[Any]
-    end: int
-    torn: bool
 
 
 class Journal:
@@ -72,21 +56,21 @@ class Journal:
         try:
             content = self.path.read_bytes()
             if len(content) < len(_MAGIC) and _MAGIC.startswith(content):  # new, or killed while it was being created
-                _write_at(file, _MAGIC, 0)
+                write_at(file, _MAGIC, 0)
                 content = _MAGIC
-            scan = _scan(content, self.path)
-            if scan.torn:
-                lost = len(content) - scan.end
-                _log.warning("%s: cut off a torn last record (%d bytes at %d)", self.path, lost, scan.end)
-                os.ftruncate(file, scan.end)
+            found = _scan(content, self.path)
+            if found.torn:
+                lost = len(content) - found.end
+                _log.warning("%s: cut off a torn last record (%d bytes at %d)", self.path, lost, found.end)
+                os.ftruncate(file, found.end)
             os.fsync(file)
             if fresh:
                 _sync_folder(self.path.parent)
         except BaseException:
             os.close(file)
             raise
-        self._end = scan.end
-        for record in scan.records:
+        self._end = found.end
+        for record in found.records:
             self._remember(record)
         return file
 
@@ -96,14 +80,14 @@ class Journal:
         with self._mutex:
             return list(self._records)
 
-    def append(self, record: Any) -> None:
-        """Write one record and wait until it is on disk.
+    def append(self, record: Any, *, durable: bool = True) -> None:
+        """Write one record and wait until it is on disk; not `durable`: it survives this process, not yet the machine.
 
         Errors: TypeError where msgpack cannot hold it; OSError (disk full...), after which the journal is as before.
         """
-        payload = _pack(record)
+        payload = pack(record)
         with self._mutex:
-            self._write(payload)
+            self._write(payload, durable=durable)
 
     def once(self, key: str, fn: Callable[[], Any]) -> Any:
         """`fn()` the first time, its recorded result ever after, across restarts.
@@ -116,7 +100,7 @@ class Journal:
                 return self._results[key]
         result = fn()
         try:
-            payload = _pack({"kind": _ONCE, "key": key, "result": result})
+            payload = pack({"kind": _ONCE, "key": key, "result": result})
         except TypeError as error:
             raise TypeError(f"the result of {key!r} cannot be journalled: {error}") from error
         with self._mutex:
@@ -143,20 +127,20 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _write(self, payload: bytes) -> None:
+    def _write(self, payload: bytes, *, durable: bool = True) -> None:
         """Frame and write one payload; the mutex is held."""
         if self._file < 0:
             raise ValueError(f"{self.path}: the journal is closed")
-        start = _START.pack(len(payload), zlib.crc32(payload))
-        frame = start + _CHECK.pack(zlib.crc32(start)) + payload
+        framed = frame(payload)
         try:
-            _write_at(self._file, frame, self._end)
-            os.fsync(self._file)
+            write_at(self._file, framed, self._end)
+            if durable:
+                os.fsync(self._file)
         except OSError:
             os.ftruncate(self._file, self._end)  # or the next record would follow half a one
             raise
-        self._end += len(frame)
-        self._remember(msgpack.unpackb(payload, strict_map_key=False))
+        self._end += len(framed)
+        self._remember(unpack(payload))
 
     def _remember(self, record: Any) -> None:
         self._records.append(record)
@@ -174,53 +158,40 @@ def read_journal(path: str | Path) -> list[Any]:
     return [] if _MAGIC.startswith(content) else _scan(content, path).records
 
 
-def _scan(content: bytes, path: Path) -> _Scan:
+class JournalTail:
+    """A journal that may be in use, read again and again, each time what was added. Changes nothing and needs no lock."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._path, self._at = Path(path), 0
+
+    def new(self) -> list[Any]:
+        """The whole records added since the last look. Errors: as `read_journal`."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            if self._at == 0:
+                if (start := file.read(len(_MAGIC))) != _MAGIC:
+                    return [] if _MAGIC.startswith(start) else _scan(start, self._path).records
+                self._at = len(_MAGIC)
+            file.seek(self._at)
+            found = scan(file.read(), 0)
+        if found.later is not None:
+            raise JournalError(f"{self._path}: damaged at offset {self._at + found.end}, with whole records behind that")
+        self._at += found.end
+        return found.records
+
+
+def _scan(content: bytes, path: Path) -> Scan:
     """Every record up to the end, or up to a torn one. Errors: `JournalError` if whole records follow the damage."""
     if not content.startswith(_MAGIC):
         raise JournalError(f"{path}: not a journal of this version (it starts with {content[:8]!r}); restore or remove it")
-    view, at = memoryview(content), len(_MAGIC)
-    records: list[Any] = []
-    while at < len(content):
-        payload = _payload(view, at)
-        if payload is None:
-            if (later := _next_record(view, at + 1)) is not None:
-                raise JournalError(
-                    f"{path}: damaged at offset {at}, with whole records from offset {later} on; restore the file from "
-                    f"a copy, or truncate it to {at} bytes to give up what follows"
-                )
-            return _Scan(records, at, torn=True)
-        records.append(msgpack.unpackb(payload, strict_map_key=False))
-        at += _HEADER_BYTES + len(payload)
-    return _Scan(records, at, torn=False)
-
-
-def _payload(view: memoryview, at: int) -> memoryview | None:
-    """The payload of the record at an offset, or None where no whole record starts."""
-    start, body = view[at : at + _START.size], at + _HEADER_BYTES
-    if body > len(view) or zlib.crc32(start) != _CHECK.unpack_from(view, at + _START.size)[0]:
-        return None
-    length, checksum = _START.unpack(start)
-    payload = view[body : body + length]
-    return payload if len(payload) == length and zlib.crc32(payload) == checksum else None
-
-
-def _next_record(view: memoryview, at: int) -> int | None:
-    """The offset of the first whole record at or after `at`, searched byte by byte."""
-    return next((offset for offset in range(at, len(view) - _HEADER_BYTES + 1) if _payload(view, offset) is not None), None)
-
-
-def _pack(record: Any) -> bytes:
-    try:
-        return msgpack.packb(record)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise TypeError(f"{error}; use plain numbers, text, bytes, lists and mappings") from error
-
-
-def _write_at(file: int, data: bytes, offset: int) -> None:
-    """All of `data` at `offset` (a single write may be short)."""
-    while data:
-        written = os.pwrite(file, data, offset)
-        data, offset = data[written:], offset + written
+    found = scan(content, len(_MAGIC))
+    if found.later is not None:
+        raise JournalError(
+            f"{path}: damaged at offset {found.end}, with whole records from offset {found.later} on; restore the file from "
+            f"a copy, or truncate it to {found.end} bytes to give up what follows"
+        )
+    return found
 
 
 def _lock(path: Path) -> int:
@@ -236,7 +207,7 @@ def _lock(path: Path) -> int:
             f"{path} is in use by process {holder}: the run is still going; wait for it or stop it first"
         ) from None
     os.ftruncate(lock, 0)
-    _write_at(lock, str(os.getpid()).encode(), 0)
+    write_at(lock, str(os.getpid()).encode(), 0)
     return lock
 
 

@@ -57,6 +57,20 @@ def prepare(params: Params, config: ModelConfig, dtype: Any) -> dict[str, Any]:
     return {**outer, "layers": layers}
 
 
+def prepare_finite(params: Mapping[str, Any], config: ModelConfig, dtype: str, *, what: str) -> dict[str, Any]:
+    """As `prepare`. Raises ValueError too, which begins with `what`, where a value is not finite."""
+    base = prepare(dict(params), config, jnp.dtype(dtype))
+    if not bool(_all_finite(base)):
+        raise ValueError(f"{what} hold values that are not finite")
+    return base
+
+
+@jax.jit
+def _all_finite(params: Any) -> jax.Array:
+    floats = [leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]).all()
+
+
 def embed(base: Mapping[str, Any], token_N: Any) -> jax.Array:
     """The embeddings of tokens, [N, D]; the table may be packed, where it is also the output's."""
     table = base["embed"]["weight"]

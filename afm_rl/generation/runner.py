@@ -9,7 +9,7 @@ Shapes: N tokens, R rows, B blocks of a row, S steps, V vocab.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import jax
@@ -159,15 +159,12 @@ class Runner:
             token_N[r], position_N[r], row_N[r] = row.last_token, row.position, r
             blocks_RB[r, : len(row.pages)] = row.pages
             adapter_R[r] = row.job.adapter
-        n = len(rows)
-        for r, piece in enumerate(pieces, start=len(rows)):
-            end = n + piece.stop - piece.start
-            token_N[n:end] = piece.stem.tokens_T[piece.start : piece.stop]
-            position_N[n:end] = np.arange(piece.start, piece.stop)
-            row_N[n:end] = r
+        for r, (piece, span) in enumerate(_spans(pieces, first=len(rows)), start=len(rows)):
+            token_N[span] = piece.stem.tokens_T[piece.start : piece.stop]
+            position_N[span] = np.arange(piece.start, piece.stop)
+            row_N[span] = r
             blocks_RB[r, : len(piece.stem.pages)] = piece.stem.pages
             adapter_R[r] = piece.stem.job.adapter
-            n = end
         return FlatTokens(token_N, position_N, row_N, blocks_RB), adapter_R
 
     def _keep_scores(self, pieces: Sequence[Piece], logits_NV: jax.Array, *, first: int) -> None:
@@ -175,22 +172,17 @@ class Runner:
         if not any(piece.stem.scored for piece in pieces):
             return
         next_N = np.zeros(logits_NV.shape[0], np.int32)
-        n = first
-        for piece in pieces:
-            next_N[n : n + piece.stop - piece.start] = piece.stem.tokens_T[piece.start + 1 : piece.stop + 1]
-            n += piece.stop - piece.start
+        for piece, span in _spans(pieces, first=first):
+            next_N[span] = piece.stem.tokens_T[piece.start + 1 : piece.stop + 1]
         top = np.int32(max(p.stem.job.request.options.prompt_logprobs or 0 for p in pieces))
         logp_N, ids_NK, best_NK = (np.asarray(x) for x in prompt_scores(logits_NV, next_N, top, static=self.static))
-        n = first
-        for piece in pieces:
-            end = n + piece.stop - piece.start
+        for piece, span in _spans(pieces, first=first):
             if piece.stem.scored:
                 kept, at = piece.stem.job.prompt_scores, slice(piece.start + 1, piece.stop + 1)
                 assert kept is not None
                 wanted = kept.top_ids_TN.shape[1]
-                kept.logp_T[at] = logp_N[n:end]
-                kept.top_ids_TN[at], kept.top_logps_TN[at] = ids_NK[n:end, :wanted], best_NK[n:end, :wanted]
-            n = end
+                kept.logp_T[at] = logp_N[span]
+                kept.top_ids_TN[at], kept.top_logps_TN[at] = ids_NK[span, :wanted], best_NK[span, :wanted]
 
     def full_rows(self, rows: Sequence[Response], size: int) -> tuple[FullRows | None, np.ndarray | None]:
         """What rows need that ask for more than a temperature; nothing if none does."""
@@ -204,6 +196,14 @@ class Runner:
                 seen_RV[r, row.tokens] = True
         temperatures = [row.request.temperature for row in rows]
         return sampling_rows.full_rows(options, temperatures, [row.job.stop_ids for row in rows], size=size), seen_RV
+
+
+def _spans(pieces: Sequence[Piece], *, first: int) -> Iterator[tuple[Piece, slice]]:
+    """Every piece and where its positions lie among the flat tokens, from `first` on."""
+    for piece in pieces:
+        end = first + piece.stop - piece.start
+        yield piece, slice(first, end)
+        first = end
 
 
 def row_inputs(rows: Sequence[Response], *, size: int, blocks: int) -> RowInputs:

@@ -133,11 +133,11 @@ class Scheduler:
         size = self.pool.page_size
         known: list[int] = []
         if self.prefix_cache:
-            stem.keys = prefix_keys(stem.tokens_T[: stem.target], size, root=f"{weights}/{stem.job.adapter_key}")
+            self._name_pages(stem, f"{weights}/{stem.job.adapter_key}")
             known = [] if stem.scored else self.pool.known(stem.keys)
         needed = -(-stem.target // size) - len(known)
         # A page is left to each row, so that what starts now does not push out what runs.
-        if needed + self.pool.idle(known) + min(len(self.rows), self.max_rows) > self.pool.available and self.rows:
+        if needed + self.pool.idle(known) + len(self.rows) > self.pool.available and self.rows:
             return False
         if needed + self.pool.idle(known) > self.pool.available and not self._take_back(needed, known, sparing=stem):
             return False
@@ -149,6 +149,12 @@ class Scheduler:
             stem.job.version = version
         self.cached_tokens += stem.computed
         return True
+
+    def _name_pages(self, stem: Stem, root: str) -> None:
+        """The keys of its full pages under `root`: hashed once, however often it has to wait for pages."""
+        if stem.root != root:
+            stem.keys = prefix_keys(stem.tokens_T[: stem.target], self.pool.page_size, root=root)
+            stem.root = root
 
     def _take_back(self, needed: int, known: list[int], *, sparing: Stem) -> bool:
         """Take pages of stems behind this one back until it has what it needs."""
@@ -241,7 +247,7 @@ class Scheduler:
 
     def _reset(self, stem: Stem) -> None:
         self.pool.release(stem.pages)
-        stem.pages, stem.keys, stem.computed, stem.remembered, stem.started = [], [], 0, 0, False
+        stem.pages, stem.computed, stem.remembered, stem.started = [], 0, 0, False
 
     def _release(self, response: Response) -> None:
         self.pool.release(response.pages)

@@ -78,13 +78,13 @@ class PromptScores(NamedTuple):
 class Job:
     """A request under way. `version` is that of the weights that began to fill its prompt.
 
-    `adapter` is the slot of its adapter (-1: none), `adapter_key` names what was loaded there. Tokens of one that is
-    `streamed` are read while they are made: nobody waits for its group.
+    `arrival` is its number in the queue (-1: not in it yet). `adapter` is the slot of its adapter (-1: none), `adapter_key`
+    names what was loaded there. Tokens of one that is `streamed` are read while they are made: nobody waits for its group.
     """
 
     request: GenerationRequest
-    arrival: int
     stop_ids: tuple[int, ...]
+    arrival: int = -1
     adapter: int = -1
     adapter_key: str = ""
     version: int = -1
@@ -114,7 +114,8 @@ class Stem:
     started: bool = False
     computed: int = 0
     pages: list[int] = field(default_factory=list)
-    keys: list[bytes] = field(default_factory=list)  # of its full pages
+    keys: list[bytes] = field(default_factory=list)  # of its full pages, under `root`
+    root: str = ""
     remembered: int = 0  # how many of these the cache knows
 
     @property

@@ -58,23 +58,13 @@ class Speculator:
     def step(self, rows: Sequence[Response], *, steps: int) -> Verified | None:
         """One to `steps` tokens of every row, for which it has pages; None where nothing was guessed."""
         size = bucket(self._target.plan.decode, len(rows))
+        known = self._ngrams(rows, size=size, steps=steps) if self._draft is None else None
+        if known is not None and not known.count_R.any():
+            return None
         inputs = row_inputs(rows, size=size, blocks=self._target.blocks)
         inputs = inputs._replace(left_R=np.minimum(inputs.left_R, steps))
         full, seen_RV = self._target.full_rows(rows, size)
-        if self._draft is None:
-            guesses, q_RKV = self._ngrams(rows, inputs), None
-            if not guesses.count_R.any():
-                return None
-        else:
-            guesses, q_RKV, self._draft.cache = guess(
-                self._draft.loaded,
-                self._draft.cache,
-                inputs,
-                full,
-                seen_RV,
-                static=self._draft.static,
-                count=self._options.tokens,
-            )
+        guesses, q_RKV = self._guess(inputs, full, seen_RV) if known is None else (known, None)
         tokens = _flat(inputs, jax.tree.map(np.asarray, guesses))
         target = self._target
         logits_NV, target.cache = score(target.loaded, target.cache, tokens, inputs.adapter_R, target.static)
@@ -82,14 +72,22 @@ class Speculator:
         guessed, kept = int(np.asarray(guesses.count_R).sum()), int(np.asarray(kept_R).sum())
         return Verified(Decoded(*(np.asarray(x) for x in decoded)), guessed, kept)
 
-    def _ngrams(self, rows: Sequence[Response], inputs: RowInputs) -> Guesses:
-        size = len(inputs.left_R)
+    def _guess(self, inputs: RowInputs, full: FullRows | None, seen_RV: np.ndarray | None) -> tuple[Guesses, jax.Array]:
+        """The draft's guesses, and the distributions that they were drawn from."""
+        draft = self._draft
+        assert draft is not None
+        count = self._options.tokens
+        guesses, q_RKV, draft.cache = guess(
+            draft.loaded, draft.cache, inputs, full, seen_RV, static=draft.static, count=count
+        )
+        return guesses, q_RKV
+
+    def _ngrams(self, rows: Sequence[Response], *, size: int, steps: int) -> Guesses:
         token_RK, count_R = np.zeros((size, self._options.tokens), np.int32), np.zeros(size, np.int32)
         for r, row in enumerate(rows):
             known = np.concatenate([row.request.prompt_T, np.asarray(row.tokens, np.int32)])
-            found = propose_ngram(
-                known, k=min(self._options.tokens, int(inputs.left_R[r]) - 1), max_ngram=self._options.max_ngram
-            )
+            wanted = min(self._options.tokens, row.left - 1, steps - 1)
+            found = propose_ngram(known, k=wanted, max_ngram=self._options.max_ngram)
             token_RK[r, : len(found)], count_R[r] = found, len(found)
         return Guesses(token_RK, count_R)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from afm_rl.generation.admission import page_need
-from afm_rl.generation.pages import PagePool
+from afm_rl.generation.pages import PagePool, prefix_keys
 from afm_rl.generation.scheduler import Scheduler, Work
 from afm_rl.generation.sequences import Job, Response
 from afm_rl.types import GenerationRequest
@@ -29,7 +29,7 @@ class Machine:
 
     def ask(self, name: str, prompt: list[int], *, responses: int = 1, max_tokens: int = 4) -> Job:
         assert page_need(len(prompt), max_tokens, PAGE) <= self.pool.pages
-        job = Job(GenerationRequest(name, np.array(prompt, np.int32), responses, max_tokens), self.arrivals, ())
+        job = Job(GenerationRequest(name, np.array(prompt, np.int32), responses, max_tokens), (), self.arrivals)
         job.responses = [Response(job, j) for j in range(responses)]
         self.arrivals += 1
         self.jobs.append(job)
@@ -135,6 +135,20 @@ def test_a_known_prefix_is_not_filled_again() -> None:
     machine.ask("third", prompt)
     machine.run(version=1)
     assert machine.filled == 12 + 10
+
+
+def test_a_prompt_that_waited_is_known_by_the_weights_that_filled_it() -> None:
+    """Guards the cache of prefixes where weights change while a request waits for pages."""
+    machine, prompt = Machine(5), list(range(9))
+    machine.ask("first", [20 + token for token in prompt], max_tokens=8)
+    machine.step()
+    machine.step()
+    machine.ask("waiting", prompt)
+    assert [row.request.id for row in machine.step().rows] == ["first"]
+    assert [stem.started for stem in machine.scheduler.stems] == [False]
+    machine.run(version=1)
+    found = [machine.pool.known(prefix_keys(np.array(prompt[:-1]), PAGE, root=f"p/{version}/")) for version in (0, 1)]
+    assert [len(pages) for pages in found] == [0, 2]
 
 
 def test_a_long_prompt_does_not_stop_those_that_decode() -> None:

@@ -56,7 +56,7 @@ def prompt_of(length: int, seed: int = 0) -> np.ndarray:
 
 @partial(jax.jit, static_argnames="dtype")
 def _logits(params: Params, tokens_1T: jax.Array, dtype: str) -> jax.Array:
-    hidden, _ = forward(params, tokens_1T, config=CONFIG, compute=Compute(dtype=dtype))
+    hidden = forward(params, tokens_1T, config=CONFIG, compute=Compute(dtype=dtype))
     return logits(params, hidden, CONFIG)
 
 

@@ -28,7 +28,7 @@ def checkpoint() -> tuple[ModelConfig, Params]:
 
 
 def policy_logps(params: Params, tokens: Any, config: ModelConfig) -> jax.Array:
-    hidden, _ = forward(params, jnp.asarray(tokens), config=config)
+    hidden = forward(params, jnp.asarray(tokens), config=config)
     return token_logps(logits(params, hidden, config), tokens)
 
 

@@ -37,7 +37,7 @@ PARAMS = random_params(CONFIG)
 
 @partial(jax.jit, static_argnames="config")
 def run(params: Any, config: ModelConfig) -> jax.Array:
-    hidden, _ = forward(params, TOKENS, config=config)
+    hidden = forward(params, TOKENS, config=config)
     return logits(params, hidden, config)
 
 

@@ -73,7 +73,7 @@ def folder(tmp_path: Path, quantized: dict[str, Any]) -> Path:
 
 @jax.jit
 def run(params: Any) -> jax.Array:
-    hidden, _ = forward(params, TOKENS, config=CONFIG)
+    hidden = forward(params, TOKENS, config=CONFIG)
     return logits(params, hidden, CONFIG)
 
 

@@ -180,7 +180,7 @@ def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(journal_module, "_write_at", half)
+            patch.setattr(journal_module, "write_at", half)
             before = path.read_bytes()
             with pytest.raises(OSError, match="No space"):
                 journal.append("second")

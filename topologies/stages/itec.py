@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from actors.host import call
 from afm_rl.data.preference_store import PreferenceStore
 from afm_rl.types import Pair, Preference, Prompt
+from topologies.online.curves import online_curves
 from topologies.report_data import Curve, Figure, StageResult, Table
 from topologies.stage_options import ItecStage
 from topologies.stages.committee import (
@@ -141,7 +141,7 @@ def _annotate(ctx: Context, options: ItecStage, number: int, prompts: Sequence[P
         pairs = distinct_pairs(prompts, answers, per_prompt=options.pairs_per_prompt, seed=(ctx.seed, number))
         # Without ground truth the simulated annotator has nothing to judge by.
         pairs = [pair for pair in pairs if pair.prompt.checks and _fits(ctx, options, pair)]
-        preferences = call(ctx.system.annotator, "annotate", pairs)
+        preferences = [preference for part in ctx.annotator.map("annotate", pairs) for preference in part]
         PreferenceStore(ctx.run.preferences).add(f"itec-{number}", preferences)
         ctx.metrics.log(
             stage=STAGE, task="annotator", step=number, values={"pairs": len(pairs), "preferences": len(preferences)}
@@ -260,20 +260,7 @@ def _curves(options: ItecStage) -> list[Curve]:
     offline = [f"itec-{r}-{m}" for r in range(1, options.rounds + 1) for m in ("dpo", "ipo") if m in options.members]
     curves = []
     if rl:
-        curves += [
-            Curve(title="MDLOO: reward", y=["reward"], tasks=rl),
-            Curve(title="MDLOO: accuracy on training prompts", y=["accuracy"], tasks=rl),
-            Curve(title="MDLOO: KL to the reference", y=["kl_to_reference"], tasks=rl, unit="nats"),
-            Curve(title="MDLOO: KL to pi_k after the inner steps", y=["kl_to_behavior"], tasks=rl, unit="nats"),
-            Curve(title="MDLOO: importance ratio", y=["ratio_mean", "ratio_max"], tasks=rl),
-            Curve(title="MDLOO: effective sample size", y=["effective_sample_fraction"], tasks=rl, unit="share"),
-            Curve(
-                title="MDLOO: a token's log p, sampler against learner",
-                y=["logp_mismatch_max", "logp_mismatch_mean"],
-                tasks=rl,
-                unit="nats",
-            ),
-        ]
+        curves += online_curves("MDLOO", rl)
     if offline:
         curves.append(Curve(title="DPO and IPO: preference accuracy", y=["accuracy"], tasks=offline))
     curves.append(

@@ -1,0 +1,133 @@
+"""The producer and the ledger: which groups are asked for, with which weights, and what a resumed job does not ask again."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.topologies.online.fakes import BATCH, PROMPTS, Job, Samplers, tickets
+from topologies.journal import read_journal
+from topologies.online.ledger import consumed, counts, lineage
+
+
+def ids(*iterations: int) -> list[str]:
+    return [ticket.id for iteration in iterations for ticket in tickets(iteration)]
+
+
+def test_every_epoch_asks_every_prompt_once() -> None:
+    """Guards the stream of tickets: an iteration that spans two epochs loses no prompt and doubles none."""
+    names = [ticket.prompt.id for iteration in range(6) for ticket in tickets(iteration)]
+    for epoch in range(4):
+        assert sorted(names[3 * epoch : 3 * epoch + 3]) == [prompt.id for prompt in PROMPTS]
+    assert [t.number for i in range(6) for t in tickets(i)] == list(range(12))
+
+
+def test_a_synchronous_job_samples_from_the_current_weights(tmp_path: Path) -> None:
+    """Guards max_staleness 0, and the journal's three states of a group."""
+    job = Job(tmp_path, samplers := Samplers())
+    job.begin(0)
+    for iteration in range(3):
+        job.publish(iteration)
+        job.producer.produce(iteration)
+        assert counts(job.journal.records, "policy") == {"issued": 0, "finished": BATCH, "consumed": BATCH * iteration}
+        assert {one.scored.group.version for one in job.train(iteration)} == {iteration}
+    assert Counter(samplers.asked) == Counter(ids(0, 1, 2))
+    assert consumed(job.journal.records, "policy") == {i: ids(i) for i in range(3)}
+
+
+@pytest.mark.parametrize("max_staleness", [1, 2])
+def test_it_runs_ahead_as_far_as_the_staleness_allows(tmp_path: Path, max_staleness: int) -> None:
+    """Guards the bound: iteration i is asked from version i - s on, never earlier, and trained on by ticket."""
+    job = Job(tmp_path, Samplers(), max_staleness=max_staleness, capacity=BATCH * (max_staleness + 1))
+    job.begin(0)
+    with job.producer.running_ahead(range(5), deadline_s=1):
+        for iteration in range(5):
+            job.publish(iteration)
+            batch = job.train(iteration)
+            assert [one.ticket for one in batch] == [ticket.number for ticket in tickets(iteration)]
+            assert all(iteration - max_staleness <= one.scored.group.version <= iteration for one in batch)
+    assert not any(thread.name == "producer" for thread in threading.enumerate())
+
+
+def test_a_small_buffer_holds_the_producer_back(tmp_path: Path) -> None:
+    """Guards capacity against staleness: room for one batch makes an overlapping job a synchronous one, not a deadlock."""
+    job = Job(tmp_path, Samplers(), max_staleness=3, capacity=BATCH)
+    job.begin(0)
+    with job.producer.running_ahead(range(4), deadline_s=1):
+        for iteration in range(4):
+            job.publish(iteration)
+            job.train(iteration)
+    assert consumed(job.journal.records, "policy") == {i: ids(i) for i in range(4)}
+
+
+def test_a_resumed_job_asks_only_for_what_was_not_finished(tmp_path: Path) -> None:
+    """Guards lossless resume: groups of the same weights come from the disk, those of a killed moment are asked again."""
+    job = Job(tmp_path, Samplers(die_after=3))
+    job.begin(0)
+    job.publish(0)
+    job.producer.produce(0)
+    first = job.train(0)
+    job.publish(1)
+    with pytest.raises(RuntimeError, match="no sampler is left"):
+        job.producer.produce(1)
+    job.journal.close()
+
+    again = Job(tmp_path, samplers := Samplers())
+    again.begin(0)  # no checkpoint was committed
+    for iteration in range(2):
+        again.publish(iteration)
+        again.producer.produce(iteration)
+        batch = again.train(iteration)
+        if iteration == 0:
+            assert [one.scored.group.responses[0].tolist() for one in batch] == [
+                one.scored.group.responses[0].tolist() for one in first
+            ]
+    assert samplers.asked == ids(1)[:1]
+    assert consumed(again.journal.records, "policy") == {i: ids(i) for i in range(2)}
+
+
+def test_groups_of_other_weights_are_sampled_again(tmp_path: Path) -> None:
+    """Guards exactness after a resume on a machine that computes other bits: nothing is trained on as if on-policy."""
+    job = Job(tmp_path, Samplers())
+    job.begin(0)
+    job.publish(0)
+    job.producer.produce(0)
+    job.journal.close()
+
+    again = Job(tmp_path, samplers := Samplers())
+    again.begin(0)
+    again.publish(0, digest="other bits")
+    again.producer.produce(0)
+    assert sorted(samplers.asked) == sorted(ids(0))
+    assert again.producer.spent(0).discarded == BATCH
+    assert {tuple(one.digests.values()) for one in again.train(0)} == {("other bits",)}
+
+
+def test_going_back_voids_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    """Guards the one truth: consumed is what a committed checkpoint lists, whatever the journal said later or not yet."""
+    job = Job(tmp_path, Samplers())
+    job.begin(0)
+    for iteration in range(3):
+        job.publish(iteration)
+        job.producer.produce(iteration)
+        job.train(iteration)
+    job.begin(1)
+    assert consumed(job.journal.records, "policy") == {0: ids(0)}
+    assert lineage(job.journal.records, "policy") == {0: "d0"}
+    job.begin(2)  # a checkpoint whose record the kill came before
+    assert consumed(job.journal.records, "policy") == {0: ids(0), 1: ids(1)}
+    job.journal.close()
+    assert consumed(read_journal(tmp_path / "journal.msgpack"), "policy") == {0: ids(0), 1: ids(1)}
+
+
+def test_a_producer_that_fails_says_so_where_groups_are_waited_for(tmp_path: Path) -> None:
+    """Guards the thread: its error is the loop's, at once."""
+    job = Job(tmp_path, Samplers(die_after=1), max_staleness=1, capacity=2 * BATCH)
+    job.begin(0)
+    with job.producer.running_ahead(range(2), deadline_s=1):
+        job.publish(0)
+        with pytest.raises(RuntimeError, match="no sampler is left"):
+            job.train(0)

@@ -23,6 +23,11 @@ class ResponseTexts:
         self.own = ["\n".join(text for mine, text in turns if mine) for turns in self._turns]
 
     @property
+    def last_turns(self) -> list[str]:
+        """What the policy said last in each response, "" where nothing."""
+        return [next((text for mine, text in reversed(turns) if mine), "") for turns in self._turns]
+
+    @property
     def token_counts(self) -> np.ndarray:
         """How many tokens the policy chose in each response [G]."""
         group = self.group

@@ -80,7 +80,7 @@ def build_calculator_world(
     math_documents: int = 3000,
     bias_rate: float = 0.5,
 ) -> Dataset:
-    """The world's documents (domain math), demonstrations (`demonstrations` conversations, one record a turn) and prompts."""
+    """Documents (domain math), `demonstrations` conversations as one record a turn, and prompts; a function of `seed`."""
     shown = [_draw(_rng(seed, "sft", i), held_out=False) for i in range(demonstrations)]
     written = _rng(seed, "documents")
     return Dataset(

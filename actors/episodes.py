@@ -1,6 +1,6 @@
 """Rollouts over several turns: G episodes a prompt, all episodes' turns generated together, turn by turn.
 
-    prompts -> reset -> ask (turn 1, G responses a prompt) -> step -> ask (turn 2, one response an episode) -> ... -> ScoredGroups
+    prompts -> reset -> ask (turn 1, G responses a prompt) -> step -> ask (turn 2, one an episode) -> ... -> ScoredGroups
 
 An episode becomes one response: the policy's tokens of every turn and between them the environment's, exactly as the engine
 read them; `Group.actions` is True on the policy's, and the environment's carry log-probability 0 and are not trained on.
@@ -98,8 +98,8 @@ def play(
 ) -> list[ScoredGroup]:
     """The episodes of every prompt as one group each, in order, with what the environment paid as component "environment".
 
-    An episode whose environment fails is not valid and says why; where `reset` fails, so are all of the prompt's. Raises what
-    `ask` raises, and ValueError for a chat format in which turns cannot be appended.
+    An episode whose environment fails is not valid and says why; where `reset` fails, so are all of the prompt's. Raises
+    what `ask` raises, and ValueError for a chat format in which turns cannot be appended.
     """
     rollout = _Rollout(ask, host, TurnTokens(tokenizer), options)
     episodes = rollout.open(prompts, tokenizer)

@@ -1,4 +1,4 @@
-"""The reward actor: adds up a learned reward model, programmatic checks, functions of the user's and what an environment paid.
+"""The reward actor: adds up a learned reward model, programmatic checks, the user's functions, what an environment paid.
 
 Consumes `Group`s (or groups that an environment has scored) and the prompts they answer; produces `ScoredGroup`s with every
 component kept apart, and reranks responses prompt by prompt (4.3.2). A response whose reward cannot be computed, whoever
@@ -25,6 +25,7 @@ from afm_rl.rewards.problems import kind_of, problem
 from afm_rl.rewards.spec import RewardSpec
 from afm_rl.tokenizer import Tokenizer
 from afm_rl.types import Group, Prompt, ScoredGroup
+from afm_rl.workers.child import describe
 
 __all__ = ["Reward", "RewardSpec", "SequenceScores"]
 
@@ -52,7 +53,7 @@ class Reward:
     def load(self, spec: RewardSpec) -> None:
         """Use these components from the next call on.
 
-        Raises ValueError for a reward model that is none, WorkerStartError (a UserError) for a function that cannot be loaded.
+        Raises ValueError for a reward model that is none, WorkerStartError (a UserError) for a function that does not load.
         """
         self._tokenizer = Tokenizer.load(Path(spec.tokenizer_folder))
         if spec.model_folder is not None:
@@ -117,7 +118,7 @@ class Reward:
         spec = self._loaded()
         if name == "length":
             assert spec.length is not None
-            return [(spec.length(of.tokens_G), ()) for of in texts]
+            return [(spec.length(of.token_counts), ()) for of in texts]
         asked = [(prompt, of.for_functions()) for of, prompt in zip(texts, prompts, strict=True)]
         return list(self._functions[name](asked, budget_s=spec.budget_s))
 
@@ -135,7 +136,7 @@ class Reward:
             try:
                 values[j] = float(passes(prompt, text))
             except Exception as error:  # one response must not stop a run; the cause is kept, counted and logged
-                problems[j] = problem("verifier", "raised", f"{type(error).__name__}: {error}")
+                problems[j] = problem("verifier", "raised", describe(error))
         return values, problems
 
     def _sum(
@@ -146,7 +147,7 @@ class Reward:
         total_G = np.zeros(count)
         for name, (values_G, _) in components.items():
             total_G = total_G + spec.weights[name] * values_G.astype(np.float64)
-        cut_G = spec.truncation.cut_G(group.finished, group.responses, end_of_turn_id=self._end_of_turn_id)
+        cut_G = spec.truncation.cut(group.finished, group.responses, end_of_turn_id=self._end_of_turn_id)
         reward_G = spec.truncation.apply(total_G, cut_G).astype(np.float32)
         problems = [_first_problem(components, j) or _environment_problem(played, j) for j in range(count)]
         for j in np.flatnonzero(~np.isfinite(reward_G)):
@@ -165,7 +166,7 @@ class Reward:
             if text:
                 if not self._invalid[kind_of(text)]:
                     log.warning(
-                        "response %d to prompt %s has no reward and is left out: %s (further ones of this kind are only counted)",
+                        "response %d to prompt %s has no reward and is left out: %s (more of this kind are only counted)",
                         j,
                         group.id,
                         text,

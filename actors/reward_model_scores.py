@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -40,7 +41,7 @@ class SequenceScores:
 class RewardModelScorer:
     """A reward model in memory."""
 
-    def __init__(self, folder: str, *, compute_dtype: str) -> None:
+    def __init__(self, folder: str | Path, *, compute_dtype: str) -> None:
         """Raises ValueError for a folder that holds a policy."""
         artifact = load_artifact(folder)
         if "heads" not in artifact.params:

@@ -23,14 +23,19 @@ class ResponseTexts:
         self.own = ["\n".join(text for mine, text in turns if mine) for turns in self._turns]
 
     @property
-    def tokens_G(self) -> np.ndarray:
+    def last_turns(self) -> list[str]:
+        """What the policy said last in each response, "" where nothing."""
+        return [next((text for mine, text in reversed(turns) if mine), "") for turns in self._turns]
+
+    @property
+    def token_counts(self) -> np.ndarray:
         """How many tokens the policy chose in each response [G]."""
         group = self.group
         return np.array([actions.sum() for actions in group.actions] or [len(r) for r in group.responses], np.int64)
 
     def for_functions(self) -> list[tuple[str, dict[str, Any]]]:
         """Per response its own text, and what a function is told of it beside."""
-        told = zip(self._turns, self.group.finished, self.tokens_G.tolist(), strict=True)
+        told = zip(self._turns, self.group.finished, self.token_counts.tolist(), strict=True)
         transcripts = [
             {"transcript": "\n".join(text for _, text in turns), "finished": bool(finished), "tokens": tokens}
             for turns, finished, tokens in told

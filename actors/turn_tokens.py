@@ -1,7 +1,8 @@
-"""The tokens that stand between two turns of a policy: the end of its turn, what the environment said, its next turn's opening.
+"""The tokens between two turns of a policy: the end of its turn, what the environment said, its next turn's opening.
 
-What was generated is never tokenised again: the next turn's prompt is the last one's, the policy's tokens as it chose them,
-and these. They are read off the tokenizer's own chat format, as what it puts after the first turn of a stand-in conversation.
+What was generated is never tokenised again: the next turn's prompt is the last one's, the policy's tokens as it chose
+them, and these. They are read off the tokenizer's own chat format: what it puts after the first turn of a stand-in
+conversation.
 """
 
 from __future__ import annotations

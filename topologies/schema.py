@@ -158,8 +158,13 @@ class Files(Strict):
         return found
 
 
+#: What the calculator world makes, and the sizes that it takes.
+CALCULATOR_PARTS = ("documents", "demonstrations", "prompts", "eval_prompts")
+CALCULATOR_SIZES = ("math_documents", "demonstrations", "prompts", "eval_prompts")
+
+
 class WorldSizes(Strict):
-    """How much the embedded world makes: arguments of `build_world`."""
+    """How much the embedded world makes: arguments of `build_world`; the calculator world takes those that it has."""
 
     web_bytes: CountOrZero = 1_000_000
     code_bytes: CountOrZero = 2_000_000
@@ -177,7 +182,7 @@ class WorldSizes(Strict):
 class Data(Strict):
     """The embedded world, or files."""
 
-    world: Literal["python"] | None = None
+    world: Literal["python", "calculator"] | None = None
     sizes: WorldSizes = WorldSizes()
     files: Files | None = None
 
@@ -197,7 +202,7 @@ class Data(Strict):
     def has(self, part: str) -> bool:
         """Whether the data holds `part`; prompts held out by hash stand in for a missing evaluation file."""
         if self.files is None:
-            return True
+            return self.world == "python" or part in CALCULATOR_PARTS
         if part == "documents":
             return self.files.documents is not None and any(value for _, value in self.files.documents)
         if part == "eval_prompts":
@@ -234,7 +239,8 @@ class Topology(Strict):
         for i, stage in enumerate(self.stages):
             for part in stage.reads:
                 if not self.data.has(part):
-                    raise problem(f"reads {part}, and data.files gives none", at=("stages", i, stage.name))
+                    source = "data.files gives" if self.data.files is not None else f"the world {self.data.world} has"
+                    raise problem(f"reads {part}, and {source} none", at=("stages", i, stage.name))
         if self.model.huggingface is None or _checks_files(info):
             self._check_shapes()
         return self

@@ -1,4 +1,4 @@
-"""Arithmetic of untrusted text: whole and decimal numbers, + - * /, parentheses, signs; exact, bounded, never evaluated as code.
+"""Arithmetic of untrusted text: numbers, + - * /, parentheses, signs; exact, bounded, never evaluated as code.
 
 The text is parsed by Python's own grammar and only arithmetic nodes are walked. Its length bounds the work: products of
 numbers that fit into `MAX_CHARS` characters stay short, and there is no power.

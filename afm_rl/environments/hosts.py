@@ -1,7 +1,7 @@
 """Where the environments of a batch of episodes run: in this process (ours), or in worker processes (the user's).
 
-An episode is asked for by what happened in it so far: prompt, seed and the policy's turns. A host plays what it has not played
-yet, so that an episode whose worker process was killed goes on in another one, from the start. What one episode does
+An episode is asked for by what happened in it so far: prompt, seed and the policy's turns. A host plays what it has not
+played yet, so that an episode whose worker process was killed goes on in another one, from the start. What one episode does
 wrong (it raises, hangs, kills its process) costs that episode alone.
 """
 
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from afm_rl.environments.calculator import Calculator
 from afm_rl.environments.interface import Environment, StepResult
 from afm_rl.types import Message, Prompt
-from afm_rl.workers.child import load_callable
+from afm_rl.workers.child import describe, load_callable
 from afm_rl.workers.pool import Task, WorkerPool
 
 #: Environments of this project, by the name that a topology calls them.
@@ -34,10 +34,10 @@ class Episode:
 
 @dataclass(frozen=True)
 class Played:
-    """What the last action led to; before the first one, the conversation. `problem` (cause, detail): why there is nothing."""
+    """What the last action led to; before the first one, the conversation. `problem` (cause, detail): why there is none."""
 
     messages: tuple[Message, ...] = ()
-    result: StepResult = StepResult()
+    result: StepResult = field(default_factory=StepResult)
     problem: tuple[str, str] | None = None
 
 
@@ -69,7 +69,7 @@ class LocalHost:
             return self.step(episode)
         except Exception as error:  # of one episode, which is left out; the others go on
             self._open.pop(episode.key, None)
-            return Played(problem=("raised", f"{type(error).__name__}: {error}"))
+            return Played(problem=("raised", describe(error)))
 
     def step(self, episode: Episode) -> Played:
         """As `play`, of one episode; raises what the environment does, or ValueError for what it may not return."""

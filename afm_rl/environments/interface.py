@@ -1,7 +1,7 @@
-"""The environment interface (not in the paper, whose bandit is one turn): `reset` opens an episode, `step` answers a turn.
+"""The environment interface (not in the paper, whose episodes are one turn): `reset` opens one, `step` answers a turn.
 
     messages = environment.reset(prompt, seed)        what the policy reads first
-    result = environment.step(action)                 its turn's text -> what it reads next, what it is paid, whether that is all
+    result = environment.step(action)                 its turn's text -> what it reads next, its pay, whether that is all
 
 One object plays one episode at a time. The responses to one prompt share prompt and seed, so that they differ by what the
 policy does alone and can be each other's baseline. An environment must be a function of prompt, seed and actions: after a

@@ -27,8 +27,8 @@ def make_reward(
 ) -> Callable[[str, str, Mapping[str, Any]], float]:
     """A reward function: the share (0..1) of the given rules that a response keeps.
 
-    `regex` must be found (a dot matches line ends too); every text of `contains` and none of `excludes` may stand in the
-    response, each a rule of its own; `tags` [a, b] wants <a>...</a> and then <b>...</b>, each once; words are what spaces part.
+    `regex` must be found (a dot matches line ends too); every text of `contains` must, and none of `excludes` may stand in
+    the response, each a rule of its own; `tags` [a, b] wants <a>...</a> and then <b>...</b>, each once; spaces part words.
     """
     rules: list[Rule] = []
     if regex is not None:
@@ -45,7 +45,12 @@ def make_reward(
             rules.append(_bounds(low, high, count))
     if not rules:
         raise ValueError("no rule given")
-    return lambda prompt, response, data: sum(rule(response) for rule in rules) / len(rules)
+
+    def reward(prompt: str, response: str, data: Mapping[str, Any]) -> float:
+        del prompt, data
+        return sum(rule(response) for rule in rules) / len(rules)
+
+    return reward
 
 
 def _bounds(low: int | None, high: int | None, count: Callable[[str], int]) -> Rule:

@@ -2,9 +2,9 @@
 
     def reward(prompt: str, response: str, data: Mapping) -> float
 
-`prompt` is the text of the last message, `data` has id, kind, messages and checks of the prompt, and transcript, finished
-and tokens of the response. With the attribute `reward.batch = True` the function takes all responses to one prompt at a time,
-(prompt, [response, ...], [data, ...]), and returns a number for each. Whatever fails costs the responses of that call alone.
+`prompt` is the text of the last message; `data` has id, kind, messages and checks of the prompt, and transcript, finished
+and tokens of the response. With the attribute `reward.batch = True` the function takes all responses to one prompt at a
+time, (prompt, [response, ...], [data, ...]), and returns a number for each. What fails costs the responses of that call.
 """
 
 from __future__ import annotations

@@ -39,14 +39,14 @@ class Truncation:
     """What becomes of a response that no end-of-turn token ends.
 
     keep: the sum of its components; zero: 0 in place of that sum; penalty: the sum less `penalty`; invalid: no reward, so
-    that it is left out of its group. `end` says what counts as an end: "any" stop token (or stop string), or the "turn"'s own.
+    that it is left out of its group. `end`: what counts as an end, "any" stop token (or stop string), or the "turn"'s own.
     """
 
     kind: Literal["keep", "zero", "penalty", "invalid"] = "keep"
     penalty: float = 0.0
     end: Literal["any", "turn"] = "any"
 
-    def cut_G(self, finished: tuple[bool, ...], responses: tuple[np.ndarray, ...], *, end_of_turn_id: int) -> np.ndarray:
+    def cut(self, finished: tuple[bool, ...], responses: tuple[np.ndarray, ...], *, end_of_turn_id: int) -> np.ndarray:
         """Which of G responses count as cut -> [G] bool."""
         ended = np.asarray(finished, bool)
         if self.end == "turn":

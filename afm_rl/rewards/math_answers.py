@@ -22,14 +22,14 @@ def reward(prompt: str, response: str, data: Mapping[str, Any]) -> float:
     Raises ValueError for a truth that cannot be read.
     """
     del prompt
-    truths = [check["value"] for check in data["checks"] if check["type"] == "answer"]
+    truths = [_truth(check["value"]) for check in data["checks"] if check["type"] == "answer"]
     found = parse(response, parsing_timeout=None, raise_on_error=True) if truths else []
-    return float(bool(found) and all(verify(_truth(t), found, timeout_seconds=None, raise_on_error=True) for t in truths))
+    return float(bool(found) and all(verify(truth, found, timeout_seconds=None, raise_on_error=True) for truth in truths))
 
 
 @functools.lru_cache(maxsize=4096)
 def _truth(value: str) -> list[Any]:
     found = parse(f"\\boxed{{{value}}}", parsing_timeout=None, raise_on_error=True)
-    if not found:
+    if all(isinstance(form, str) for form in found):
         raise ValueError(f"the prompt's answer {value!r} cannot be read as mathematics")
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from afm_rl.rewards.limits import PerToken, SoftOverlong, Truncation
 from afm_rl.workers.pool import Task
@@ -35,7 +35,7 @@ class RewardSpec:
     weights: Mapping[str, float]
     functions: tuple[FunctionSpec, ...] = ()
     length: SoftOverlong | PerToken | None = None
-    truncation: Truncation = Truncation()
+    truncation: Truncation = field(default_factory=Truncation)
     budget_s: float = 240.0
 
     def __post_init__(self) -> None:

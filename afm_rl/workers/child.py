@@ -82,6 +82,11 @@ def load_callable(path: str, options: dict[str, Any]) -> Callable[..., Any]:
     return made
 
 
+def describe(error: BaseException) -> str:
+    """An exception in one line of at most 300 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(": ")
+
+
 def main() -> None:
     """Serve until standard input ends."""
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
@@ -109,7 +114,7 @@ def _answer(function: Callable[..., Any], request: dict[str, Any]) -> dict[str, 
         value = function(*request["arguments"])
         json.dumps(value, default=_plain)
     except BaseException as error:  # whatever a user's function does is its own problem, sys.exit() too
-        return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(": ")}
+        return {"error": describe(error)}
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
     return {"value": value}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import actors.reward as reward_module
+import actors.reward_model_scores as scores_module
 from actors.artifacts import save_artifact
 from actors.reward import Reward, RewardSpec
 from afm_rl.config import ModelConfig
@@ -65,7 +66,8 @@ def test_scores_are_those_of_each_sequence_alone(
     tokenizer: tuple[Tokenizer, str], model: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards batching: sorted by length, padded and cut into batches, every score still lands on its own sequence."""
-    monkeypatch.setattr(reward_module, "ROWS", 4)
+    monkeypatch.setattr(scores_module, "LEAST_ROWS", 4)
+    monkeypatch.setattr(scores_module, "PASS_TOKENS", 128)
     batch = sequences(10)
     found = loaded(tokenizer, model[0], model=1.0).sequence_scores(batch)
     turned = loaded(tokenizer, model[0], model=1.0).sequence_scores(batch[::-1])
@@ -94,7 +96,8 @@ def test_reranking_picks_the_best_of_each_prompt(
     tokenizer: tuple[Tokenizer, str], model: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards 4.3.2: the index within the prompt's own candidates, by the model, the checks, or both."""
-    monkeypatch.setattr(reward_module, "ROWS", 4)
+    monkeypatch.setattr(scores_module, "LEAST_ROWS", 4)
+    monkeypatch.setattr(scores_module, "PASS_TOKENS", 128)
     prompts = [YES, prompt("q", type="ends_with", text="no")]
     responses = [["a", "b", "yes", "d", "oh"], ["no", "yes"]]
     actor = loaded(tokenizer, model[0], model=1.0)
@@ -150,12 +153,14 @@ def test_a_check_that_fails_spoils_one_response(
 
     monkeypatch.setattr(reward_module, "passes", passes)
     actor = loaded(tokenizer, None, verifier=1.0)
-    with caplog.at_level(logging.ERROR):
+    with caplog.at_level(logging.WARNING):
         (found,) = actor.score([group(tokenizer[0], "p", "yes", "no", "yes")], [YES])
     np.testing.assert_array_equal(found.valid_G, [True, False, True])
     np.testing.assert_array_equal(found.reward_G[found.valid_G], 1.0)
     assert actor.invalid_responses() == 1
-    assert "prompt p failed on response 1" in caplog.text
+    assert found.problems == ("", "verifier raised: ZeroDivisionError", "")
+    assert actor.invalid_causes() == {"verifier_raised": 1}
+    assert "response 1 to prompt p has no reward" in caplog.text
 
 
 def test_a_component_without_weight_is_not_computed(tokenizer: tuple[Tokenizer, str]) -> None:
@@ -167,7 +172,7 @@ def test_a_component_without_weight_is_not_computed(tokenizer: tuple[Tokenizer, 
 
 def test_impossible_specs_are_refused(tokenizer: tuple[Tokenizer, str], tmp_path: Path) -> None:
     """Guards the reward of a topology: unknown components, a weight without a model, a policy instead of a reward model."""
-    with pytest.raises(ValueError, match="unknown reward component 'judge'; known: model, verifier"):
+    with pytest.raises(ValueError, match="unknown reward component 'judge'; known: model, verifier, environment, length"):
         loaded(tokenizer, None, judge=1.0)
     with pytest.raises(ValueError, match="there is no reward model yet"):
         loaded(tokenizer, None, model=1.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from afm_rl.data.checks import is_checkable, passes
 from topologies.report_data import Answer, Figure, Sample, StageResult
 from topologies.stage_options import EvaluateStage
@@ -28,7 +30,9 @@ def policies(ctx: Context) -> list[Policy]:
 
 def evaluated(ctx: Context, options: EvaluateStage) -> list[Measured]:
     """All of them, measured on the first `prompts` held-out prompts."""
-    return [measure(ctx, p, max_tokens=options.max_tokens, limit=options.prompts) for p in policies(ctx)]
+    environment = ctx.topology.stage("rl").environment if ctx.has("rl") else None
+    how: dict[str, Any] = {"max_tokens": options.max_tokens, "limit": options.prompts, "environment": environment}
+    return [measure(ctx, policy, **how) for policy in policies(ctx)]
 
 
 def run(ctx: Context, options: EvaluateStage) -> StageResult:

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from actors.reward import RewardSpec
+from actors.reward_texts import ResponseTexts
 from afm_rl.data.checks import is_checkable, passes
+from afm_rl.generate import request_seed
 from afm_rl.packing import Example
 from afm_rl.types import Pair, Prompt
+from topologies.environment_options import EnvironmentOptions
 from topologies.stages.context import Context, Policy
 from topologies.stages.examples import example
 
@@ -34,11 +38,18 @@ class Measured:
 
 
 def measure(
-    ctx: Context, policy: Policy, *, max_tokens: int, limit: int | None = None, prompts: Sequence[Prompt] | None = None
+    ctx: Context,
+    policy: Policy,
+    *,
+    max_tokens: int,
+    limit: int | None = None,
+    prompts: Sequence[Prompt] | None = None,
+    environment: EnvironmentOptions | None = None,
 ) -> Measured:
     """Greedy and sampled (T = 1) answers of a policy to held-out prompts, journalled under the policy's name.
 
-    `prompts` None: the first `limit` of the held-out prompts; a feature brings its own.
+    `prompts` None: the first `limit` of the held-out prompts; a feature brings its own. In an `environment` the answer is
+    what the policy says last.
     """
     if prompts is None:
         prompts, key = ctx.data.eval_prompts[:limit], f"measure/{policy.name}/{max_tokens}"
@@ -49,6 +60,9 @@ def measure(
     def work() -> dict[str, Any]:
         answers = {}
         for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+            if environment is not None:
+                answers[mode] = _played(ctx, policy, prompts, environment, temperature=temperature, max_tokens=max_tokens)
+                continue
             requests = ctx.requests(prompts, purpose="eval", temperature=temperature, max_tokens=max_tokens)
             answers[mode] = [ctx.texts(group)[0] for group in ctx.sample(policy, requests)]
         return {
@@ -62,6 +76,31 @@ def measure(
         }
 
     return Measured(**ctx.once(key, work))
+
+
+def _played(
+    ctx: Context,
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    environment: EnvironmentOptions,
+    *,
+    temperature: float,
+    max_tokens: int,
+) -> list[str]:
+    """The last turn of one episode to each prompt."""
+    ctx.deploy(policy, ctx.samplers)
+    played = environment.episodes(
+        partial(ctx.samplers.answer, policy.name),
+        prompts,
+        host=environment.host(),
+        tokenizer=ctx.tokenizer,
+        responses=1,
+        max_tokens=max_tokens,
+        max_context=ctx.context_tokens,
+        temperature=temperature,
+        seed=request_seed(ctx.seed, "eval"),
+    )
+    return [ResponseTexts(ctx.tokenizer, one.group).last_turns[0] for one in played]
 
 
 def share_right(prompts: Sequence[Prompt], answers: Sequence[str]) -> float | None:

@@ -22,10 +22,10 @@ def start_policy(ctx: Context, options: RlStage) -> Policy:
 def run(ctx: Context, options: RlStage) -> StageResult:
     """Train and measure, before and after, on the held-out prompts."""
     start, policy = start_policy(ctx, options), ctx.policy(POLICY)
-    before = measure(ctx, start, max_tokens=options.max_tokens)
+    before = measure(ctx, start, max_tokens=options.max_tokens, environment=options.environment)
     reward_model = ctx.policy("reward") if ctx.has("reward_model") else None
     train_online(ctx, options, stage=options.name, start=start, reward_model=reward_model, policy=policy)
-    after = measure(ctx, policy, max_tokens=options.max_tokens)
+    after = measure(ctx, policy, max_tokens=options.max_tokens, environment=options.environment)
     return StageResult(
         name=options.name,
         title=f"Online RL: {options.algorithm}",

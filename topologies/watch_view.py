@@ -210,16 +210,17 @@ def _actors(rows: Sequence[Mapping[str, Any]], view: View, width: int) -> Render
     names = ["actor", "state", "busy", "version", "memory", "restarts"]
     names += ["running", "tokens/s", "peak", "calls", "where"] if width >= WIDE else []
     for name in names:
-        flush = "left" if name in ("actor", "state", "where") else "right"
-        table.add_column(name, justify=flush, no_wrap=name != "state", overflow="ellipsis")
+        left = name in ("actor", "state", "where")
+        table.add_column(name, justify="left" if left else "right", no_wrap=name != "state", overflow="ellipsis")
     troubled = [row for row in rows if row.get("state") in ("silent", "dead", "restarting")]
     shown = list(rows)[:ACTORS] if len(rows) <= ACTORS else [*troubled, *(r for r in rows if r not in troubled)][:ACTORS]
     for row in shown:
         table.add_row(*_actor(row, view, wide=width >= WIDE))
     if len(shown) == len(rows):
         return table
-    left = [row.get("state") for row in rows if row not in shown]
-    return Group(table, Text(f"and {len(left)} more: " + ", ".join(f"{left.count(s)} {s}" for s in dict.fromkeys(left))))
+    others = [row.get("state") for row in rows if row not in shown]
+    counted = ", ".join(f"{others.count(state)} {state}" for state in dict.fromkeys(others))
+    return Group(table, Text(f"and {len(others)} more: {counted}"))
 
 
 def _actor(row: Mapping[str, Any], view: View, *, wide: bool) -> list[RenderableType]:

@@ -97,8 +97,8 @@ def test_everything_about_a_response_is_on_its_card(sample: TaskRollouts, page: 
     rewards, trained, text = one.rollout.scored, one.trained, text_of(page)
     sign = "+" if trained.advantage_G[0] > 0 else ""
     said = (
-        f"response 1 {rewards.reward_G[0]:.3g} {one.rollout.texts[0]} verifier {rewards.components['verifier'][0]:.3g} model "
-        f"{rewards.components['model'][0]:.3g} advantage {sign}{trained.advantage_G[0]:.3g} "
+        f"response 1 {rewards.reward_G[0]:.3g} {one.rollout.texts[0]} "
+        f"verifier {rewards.components['verifier'][0]:.3g} model {rewards.components['model'][0]:.3g} advantage {sign}{trained.advantage_G[0]:.3g} "
         f"KL to reference {trained.logp_G[0] - trained.ref_logp_G[0]:.3g} log p mismatch {trained.mismatch_G[0]:.3g} "
         f"tokens {len(rewards.group.responses[0])}, {'finished' if rewards.group.finished[0] else 'cut'}"
     )
@@ -129,7 +129,7 @@ def test_text_of_a_model_does_nothing(run: Path, page: Page) -> None:
 def test_ids_prompts_and_problems_are_escaped_too() -> None:
     """Guards attributes: an id of a data file may hold quotes."""
     rollout = made(HOSTILE, 1)
-    scored = replace(
+    rewards = replace(
         rollout.scored, valid_G=np.zeros(2, bool), problems=(HOSTILE, HOSTILE), components={HOSTILE: np.ones(2)}
     )
     hostile = replace(rollout, scored=rewards, messages=(Message("user", HOSTILE),))

@@ -98,7 +98,8 @@ def test_everything_about_a_response_is_on_its_card(sample: TaskRollouts, page: 
     sign = "+" if trained.advantage_G[0] > 0 else ""
     said = (
         f"response 1 {rewards.reward_G[0]:.3g} {one.rollout.texts[0]} "
-        f"verifier {rewards.components['verifier'][0]:.3g} model {rewards.components['model'][0]:.3g} advantage {sign}{trained.advantage_G[0]:.3g} "
+        f"verifier {rewards.components['verifier'][0]:.3g} model {rewards.components['model'][0]:.3g} "
+        f"advantage {sign}{trained.advantage_G[0]:.3g} "
         f"KL to reference {trained.logp_G[0] - trained.ref_logp_G[0]:.3g} log p mismatch {trained.mismatch_G[0]:.3g} "
         f"tokens {len(rewards.group.responses[0])}, {'finished' if rewards.group.finished[0] else 'cut'}"
     )

@@ -72,7 +72,7 @@ def _launch(live: Any) -> dict[str, Any]:
 def _follow(reader: RunReader, view: View, console: Console) -> View:
     with _keys() as pressed, Live(console=console, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
         while True:
-            live.update(frame(view, console=console), refresh=True)
+            live.update(frame(view, console=console, height=console.height), refresh=True)
             until = time.monotonic() + EVERY_S
             while time.monotonic() < until:
                 if pressed(KEY_S) in ("q", "Q"):

@@ -95,8 +95,26 @@ def test_busy_is_a_share_of_the_time_between_looks() -> None:
 def test_a_lost_actor_is_dead_with_its_cause_and_a_suspended_one_away() -> None:
     """Guards against an alarm for a learner that has lent its place, and against silence about a death."""
     dead, away = rows(Actor([PULSE, ActorLostError("a.pulse: out of memory")]), 2)[1], rows(Actor([]), 1)[0]
-    assert (dead["state"], dead["cause"]) == ("dead", "a.pulse: out of memory")
+    assert (dead["state"], dead["cause"]) == ("dead", "ActorLostError: a.pulse: out of memory")
     assert away["state"] == "away"
+
+
+def test_one_that_cannot_be_asked_does_not_hide_the_others() -> None:
+    """Guards the list: whatever asking one actor ends in, the next one is asked, and this one again."""
+
+    class Broken(Actor):
+        def pulses(self) -> dict[str, Any]:
+            self.outcomes.pop()
+            raise KeyError("no such thing")
+
+    broken = Broken([PULSE, PULSE], name="b")
+    other = Actor([PULSE, PULSE])
+    actors = Actors(lambda: [broken, other], Clock())
+    for _ in range(2):
+        first, second = actors.look()
+        assert (first["state"], second["state"]) == ("unknown", "working")
+        assert "no such thing" in first["cause"]
+    assert not broken.outcomes
 
 
 def system_and_run(tmp_path: Path, launcher: str) -> tuple[Any, RunFolder]:

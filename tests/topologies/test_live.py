@@ -174,11 +174,11 @@ def test_a_file_that_cannot_be_written_is_said_once_and_harms_nothing(
 ) -> None:
     """Guards the run from its own description."""
     monkeypatch.setattr("topologies.live.EVERY_S", 0.01)
-    (run := RunFolder(tmp_path / "gone")).path.mkdir()
+    run = RunFolder(tmp_path)
+    (run.path / "live.json").mkdir()  # in its place, so that no file can go there
     system = System(*[[]] * 7, dashboard=None, launcher="inline")  # type: ignore[misc]
     monkeypatch.setattr(System, "handles", property(lambda _: []))
     with LiveState(run, system, ProgressView()):
-        run.path.chmod(0o500) if os.getuid() else (run.path / "live.json").mkdir()
         time.sleep(0.2)
     assert caplog.text.count("is not kept up to date") == 1
 

@@ -128,7 +128,8 @@ def live_json(*, age_s: float = -60, state: str = "running", **changes: Any) -> 
     engine = {"version": 39, "running": 24, "waiting": 8, "tokens": 61000}
     return {
         "name": "smoke", "pid": 999999, "host": "node-1", "state": state,
-        "started": now - age_s - 754, "written": now - age_s, "launcher": "local", "dashboard": "http://127.0.0.1:8265", "stage": {"name": STAGE, "since": now - 125},
+        "started": now - age_s - 754, "written": now - age_s, "launcher": "local",
+        "dashboard": "http://127.0.0.1:8265", "stage": {"name": STAGE, "since": now - 125},
         "bars": [{"name": TASK, "done": 39, "total": 200}],
         "actors": [
             actor("learner", "Learner", "working", busy_share=0.71, mib=942.0, peak_mib=1810.0),

@@ -9,7 +9,7 @@
 | a sampler dies | its unanswered requests go to the head of the queue; it gets more once its next life answers |
 | a sampler finishes nothing for `deadline_s` | its process is killed, then as above |
 | a sampler is lost for the (max_losses + 1)th time, or does not return | it gets no more; the last one's end is an error |
-| a request can never run | it is its own error, raised (or yielded) when all others are answered |
+| a request can never run | it is its own error, raised when all others are answered |
 
 Which sampler answers a request is not reproducible, and need not be: with the engine's deterministic mode a token depends on
 its own sequence and seed alone; without it, tokens of equal seeds may differ in rare roundings, as they do between batches.
@@ -18,16 +18,17 @@ its own sequence and seed alone; without it, tokens of equal seeds may differ in
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Protocol
 
-from actors.failures import DataError, InfrastructureError
+from actors.failures import ActorsLostError, DataError
 from actors.host import ActorLostError, Pending
-from actors.streams import END, MAX_STREAMS, REVIVAL_DEADLINE_S, Stream, StreamingHandle, ready
+from actors.sampler import UnacknowledgedError
+from actors.streams import END, MAX_STREAMS, REVIVAL_DEADLINE_S, Stream, StreamingHandle, Wait, ready
 from afm_rl.types import Answered, GenerationRequest, Group, Refused
 
 log = logging.getLogger(__name__)
@@ -43,10 +44,6 @@ class RequestsRefusedError(DataError):
         shown = "; ".join(one.reason for one in refused[:3]) + ("; ..." if len(refused) > 3 else "")
         super().__init__(f"{len(refused)} of {len(refused) + answered} requests cannot run: {shown}")
         self.refused = tuple(refused)
-
-
-class SamplersLostError(InfrastructureError):
-    """No sampler is left to answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,47 +66,49 @@ class _Open:
 
 @dataclass
 class _Worker:
+    """`away`: the call that must end before it is asked; `listed`: it still belongs to those who are asked."""
+
     handle: StreamingHandle
     open: list[_Open] = field(default_factory=list)
     outstanding: int = 0  # responses
     silent_s: float = 0.0  # for so long it was waited for since its last group, or since it was lost
     losses: list[str] = field(default_factory=list)
-    reviving: Pending | None = None
+    away: Pending | None = None
+    listed: bool = True
     gone: bool = False
 
     @property
     def works(self) -> bool:
-        return not self.gone and self.reviving is None
+        return self.listed and not self.gone and self.away is None
 
 
-Wait = Callable[[Sequence[Pending | Stream], float], list[Pending | Stream]]
+class Members(Protocol):
+    """Who may be asked, which may change at any time (`actors/roster.py`)."""
 
+    @property
+    def look_s(self) -> float:
+        """Seconds after which it is looked again who is there."""
 
-def generate(
-    samplers: Sequence[StreamingHandle],
-    requests: Sequence[GenerationRequest],
-    *,
-    policy: str,
-    options: DispatchOptions | None = None,
-    on_error: Literal["raise", "yield"] = "raise",
-) -> Iterator[Group | Refused]:
-    """The answers of `policy` as they are finished.
+    def handles(self) -> Sequence[StreamingHandle]:
+        """Those who are asked, or will be once they are back."""
 
-    A request that can never run is yielded as `Refused` in its turn, or raised as RequestsRefusedError after all others.
-    Raises SamplersLostError when no sampler is left, and whatever a sampler raises.
-    """
-    return Dispatch(samplers, requests, policy=policy, options=options).as_finished(on_error)
+    def away(self, handle: StreamingHandle) -> Pending | None:
+        """The call that must end before this one may be asked, or None."""
 
+    def lost(self, handle: StreamingHandle, cause: str) -> None:
+        """Its process is gone: from now on it is away."""
 
-def generate_all(
-    samplers: Sequence[StreamingHandle],
-    requests: Sequence[GenerationRequest],
-    *,
-    policy: str,
-    options: DispatchOptions | None = None,
-) -> list[Group]:
-    """The answers in the order of the requests. Raises as `generate` does."""
-    return Dispatch(samplers, requests, policy=policy, options=options).in_order()
+    def returned(self, handle: StreamingHandle, pending: Pending) -> None:
+        """Read the call that was waited for; ActorLostError when this one never comes back."""
+
+    def answered(self, handle: StreamingHandle) -> None:
+        """It has finished a request."""
+
+    def streaming(self, handle: StreamingHandle, change: int) -> None:
+        """It has so many more, or fewer, streams under way."""
+
+    def causes(self) -> str:
+        """Why those who are no longer listed were given up."""
 
 
 class Dispatch:
@@ -117,7 +116,7 @@ class Dispatch:
 
     def __init__(
         self,
-        samplers: Sequence[StreamingHandle],
+        members: Members,
         requests: Sequence[GenerationRequest],
         *,
         policy: str,
@@ -126,38 +125,33 @@ class Dispatch:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._requests, self._policy, self._options = requests, policy, options or DispatchOptions()
-        self._workers = [_Worker(handle) for handle in samplers]
+        self._members = members
+        self._workers: list[_Worker] = []
         self._queue = deque(range(len(requests)))
         self._wait, self._clock = wait, clock
 
-    def in_order(self) -> list[Group]:
-        """As `generate_all`."""
-        groups, refused = dict[int, Group](), list[Refused]()
-        for one in self.answers():
-            if isinstance(one.result, Group):
-                groups[one.index] = one.result
-            else:
-                refused.append(one.result)
-        if refused:
-            raise RequestsRefusedError(refused, answered=len(groups))
-        return [groups[index] for index in range(len(self._requests))]
+    def groups(self) -> Generator[tuple[int, Group], None, None]:
+        """(index of its request, group) as they are finished.
 
-    def as_finished(self, on_error: Literal["raise", "yield"]) -> Iterator[Group | Refused]:
-        """As `generate`."""
+        Raises RequestsRefusedError after all others where some can never run, ActorsLostError when no sampler is left, and
+        whatever a sampler raises.
+        """
         refused = []
-        for one in self.answers():
-            if isinstance(one.result, Refused) and on_error == "raise":
-                refused.append(one.result)
-            else:
-                yield one.result
+        with closing(self.answers()) as answers:
+            for one in answers:
+                if isinstance(one.result, Refused):
+                    refused.append(one.result)
+                else:
+                    yield one.index, one.result
         if refused:
             raise RequestsRefusedError(refused, answered=len(self._requests) - len(refused))
 
-    def answers(self) -> Iterator[Answered]:
+    def answers(self) -> Generator[Answered, None, None]:
         """Every request's answer, once, as it is finished; `index` is the request's."""
         left = len(self._requests)
         try:
             while left:
+                self._call_the_roll()
                 self._issue()
                 self._require_worker(left)
                 for call in self._look():
@@ -168,6 +162,15 @@ class Dispatch:
         finally:
             for worker in self._workers:
                 self._close(worker)
+
+    def _call_the_roll(self) -> None:
+        listed = self._members.handles()
+        known = {id(worker.handle) for worker in self._workers}
+        self._workers += [_Worker(handle) for handle in listed if id(handle) not in known]
+        now = {id(handle) for handle in listed}
+        for worker in self._workers:
+            worker.listed = id(worker.handle) in now
+            worker.away = self._members.away(worker.handle) if worker.listed and not worker.gone else None
 
     def _issue(self) -> None:
         """Deal the head of the queue to whoever has the least to do, as far as the windows go."""
@@ -187,30 +190,32 @@ class Dispatch:
             if indices := dealt[id(worker)]:
                 stream = worker.handle.stream("answer", self._policy, [self._requests[i] for i in indices])
                 worker.open.append(_Open(stream, dict(enumerate(indices))))
+                self._members.streaming(worker.handle, 1)
 
     def _look(self) -> list[Pending | Stream]:
         """What can be read; a sampler's silence counts only while it is waited for."""
         calls: list[Pending | Stream] = []
-        limit_s = math.inf
+        limit_s = self._members.look_s
         for worker in self._workers:
-            calls += [worker.reviving] if worker.reviving is not None else [one.stream for one in worker.open]
-            if worker.reviving is not None or worker.open:
+            calls += [worker.away] if worker.away is not None else []
+            calls += [one.stream for one in worker.open]
+            if worker.away is not None or worker.open:
                 limit_s = min(limit_s, self._patience_s(worker) - worker.silent_s)
         began_s = self._clock()
         found = self._wait(calls, max(0.0, limit_s))
         waited_s = self._clock() - began_s
         for worker in self._workers:
-            heard = worker.reviving in found or any(one.stream in found for one in worker.open)
+            heard = worker.away in found or any(one.stream in found for one in worker.open)
             worker.silent_s = 0.0 if heard else worker.silent_s + waited_s
-            if not heard and (worker.open or worker.reviving) and worker.silent_s >= self._patience_s(worker):
+            if not heard and (worker.open or worker.away) and worker.silent_s >= self._patience_s(worker):
                 self._silent(worker)
         return found
 
     def _take(self, call: Pending | Stream) -> Answered | None:
         """Read a call that is ready; what it answers, if it is an answer."""
         for worker in self._workers:
-            if worker.reviving is call:
-                self._revived(worker)
+            if worker.away is call:
+                self._returned(worker, worker.away)
                 return None
             for one in worker.open:
                 if one.stream is call:
@@ -220,26 +225,28 @@ class Dispatch:
     def _read(self, worker: _Worker, one: _Open) -> Answered | None:
         try:
             item = one.stream.next(self._options.deadline_s)
-        except ActorLostError as error:
-            self._lost(worker, str(error))
+        except (ActorLostError, UnacknowledgedError) as error:
+            self._lost(worker, str(getattr(error, "cause", error)))  # Ray wraps what an actor raised
             return None
         except TimeoutError:
             self._silent(worker)
             return None
         if item is END:
             worker.open.remove(one)
+            self._members.streaming(worker.handle, -1)
             if one.waiting:
                 ids = ", ".join(self._requests[i].id for i in one.waiting.values())
                 raise RuntimeError(f"{one.stream.what} ended without answers to {ids}")
             return None
         index = one.waiting.pop(item.index)
         worker.outstanding -= self._requests[index].num_responses
+        self._members.answered(worker.handle)
         return Answered(index, item.result)
 
     def _silent(self, worker: _Worker) -> None:
-        if worker.reviving is not None:
+        if not worker.open:
             worker.losses.append(f"did not return within {REVIVAL_DEADLINE_S:.0f} s")
-            worker.reviving, worker.gone = None, True
+            worker.away, worker.gone = None, True
             return
         worker.handle.end()
         self._lost(worker, f"finished no group for {self._options.deadline_s:g} s")
@@ -251,14 +258,14 @@ class Dispatch:
         log.warning("%s was lost (%s); %d requests go to others", worker.handle.name, cause, len(back))
         self._queue.extendleft(reversed(back))
         self._close(worker)
+        self._members.lost(worker.handle, cause)
         worker.gone = len(worker.losses) > self._options.max_losses
-        worker.reviving = None if worker.gone else worker.handle.revive()
+        worker.away = None if worker.gone else self._members.away(worker.handle)
 
-    def _revived(self, worker: _Worker) -> None:
-        pending, worker.reviving = worker.reviving, None
-        assert pending is not None
+    def _returned(self, worker: _Worker, pending: Pending) -> None:
+        worker.away = None
         try:
-            pending.result(REVIVAL_DEADLINE_S)
+            self._members.returned(worker.handle, pending)
         except ActorLostError as error:
             worker.losses.append(str(error))
             worker.gone = True
@@ -266,12 +273,14 @@ class Dispatch:
     def _close(self, worker: _Worker) -> None:
         for one in worker.open:
             one.stream.close()
+            self._members.streaming(worker.handle, -1)
         worker.open, worker.outstanding, worker.silent_s = [], 0, 0.0
 
     def _patience_s(self, worker: _Worker) -> float:
-        return self._options.deadline_s if worker.reviving is None else REVIVAL_DEADLINE_S
+        return self._options.deadline_s if worker.open else REVIVAL_DEADLINE_S
 
     def _require_worker(self, left: int) -> None:
-        if all(worker.gone for worker in self._workers):
-            causes = "; ".join(f"{w.handle.name}: {', then '.join(w.losses)}" for w in self._workers)
-            raise SamplersLostError(f"no sampler is left to answer {left} of {len(self._requests)} requests ({causes})")
+        if all(worker.gone or not (worker.listed or worker.open) for worker in self._workers):
+            lost = [f"{w.handle.name}: {', then '.join(w.losses)}" for w in self._workers if w.losses]
+            causes = "; ".join([*lost, *filter(None, [self._members.causes()])])
+            raise ActorsLostError(f"no sampler is left to answer {left} of {len(self._requests)} requests ({causes})")

@@ -26,6 +26,10 @@ class InfrastructureError(RuntimeError):
     """A process, a machine or what lies between them failed: the work can be done again."""
 
 
+class ActorsLostError(InfrastructureError):
+    """No actor of a role is left to do the work."""
+
+
 class DataError(UserError):
     """What was given cannot be worked on; doing it again changes nothing."""
 

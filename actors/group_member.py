@@ -20,7 +20,7 @@ from typing import Any
 
 from actors.group_placement import GroupSpec, slice_environment
 from actors.host import ActorStats, Host
-from actors.pulse import Pulse
+from actors.signs import Signs
 
 #: The concurrency group, of one thread, that answers while the role works.
 HEARTBEAT_GROUP = "heartbeat"
@@ -98,7 +98,7 @@ class GroupMember:
         """What the role did since it was constructed."""
         return self._require_host().stats()
 
-    def pulse(self) -> Pulse | None:
+    def pulse(self) -> Signs | None:
         """What the role is doing; None while there is none yet."""
         return self._host.pulse() if self._host is not None else None
 

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from actors.failures import InfrastructureError
-from actors.pulse import EnginePulse, Pulse, place, resident_mib
+from actors.signs import EngineSigns, Signs, place, resident_mib
 from afm_rl.errors import UserError
 
 #: Seconds a call may take before the wait for it is an error; generous, because a first call compiles.
@@ -114,15 +114,15 @@ class Host:
         """Busy time (however many calls were under way), calls, and the process's peak resident memory."""
         return ActorStats(self._name, self._role.__name__, round(self._busy_s, 2), self._calls, round(_peak_mib(), 1))
 
-    def pulse(self) -> Pulse:
+    def pulse(self) -> Signs:
         """What the actor is doing now. Takes no lock that its work holds for long, so a busy one answers too."""
         with self._lock:
             running_s = time.perf_counter() - self._since_s if self._working else 0.0
             working, busy_s, calls = self._working, self._busy_s + running_s, self._calls
         use = self._actor.use() if hasattr(self._actor, "use") else None
-        engine = None if use is None else EnginePulse(use.version, use.running, use.waiting, use.response_tokens)
+        engine = None if use is None else EngineSigns(use.version, use.running, use.waiting, use.response_tokens)
         host, pid = place()
-        return Pulse(
+        return Signs(
             name=self._name,
             role=self._role.__name__,
             life=self._life,
@@ -194,7 +194,7 @@ class Handle(Protocol):
         """What the actor did so far."""
 
     def pulses(self) -> Mapping[str, Pending]:
-        """Start a call for a `Pulse` (None: nothing there yet) of each of its processes, by name. For any thread."""
+        """Start a call for a `Signs` (None: nothing there yet) of each of its processes, by name. For any thread."""
 
 
 class InlineHandle:
@@ -338,10 +338,3 @@ def gather(pending: Sequence[Pending], *, deadline_s: float = DEFAULT_DEADLINE_S
 def call(handle: Handle, method: str, *args: Any, deadline_s: float = DEFAULT_DEADLINE_S, **kwargs: Any) -> Any:
     """One call, waited for."""
     return gather([handle.submit(method, *args, **kwargs)], deadline_s=deadline_s)[0]
-
-
-def spread(handles: Sequence[Handle], items: Sequence[Any]) -> list[tuple[Handle, Sequence[Any]]]:
-    """Cut `items` into one contiguous share per handle; the cut depends on the counts alone, so it is reproducible."""
-    size = -(-len(items) // len(handles))
-    shares = [(handle, items[i * size : (i + 1) * size]) for i, handle in enumerate(handles)]
-    return [(handle, share) for handle, share in shares if len(share)]

@@ -1,11 +1,12 @@
-"""What a learner is told, as plain data: how it computes, what a training job is, the constants of an MDLOO iteration."""
+"""What a learner is told, as plain data: how it computes, what a training job is, the constants of an online iteration."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from afm_rl.algorithms import ALGORITHMS, check_choice
 from afm_rl.compute import DEFAULT_COMPUTE, Compute
 from afm_rl.config import ModelConfig
 from afm_rl.recipe import OptimizerSpec
@@ -71,10 +72,40 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class MdlooSettings:
-    """The constants of one MDLOO iteration (4.3.3, E.2); `microbatch` is how many responses share a forward pass."""
+class OnlineSettings:
+    """How one iteration of online learning updates the policy: an algorithm of `afm_rl/algorithms.py` and its constants.
 
-    beta: float
+    `beta` weighs the distance to the reference (per nat), wherever the algorithm has it; `gamma` (mdloo) is reward per nat
+    of sequence KL to theta_k, in the form that `kl` names; `clip` bounds the ratio of ppo, rloo and grpo. `baseline` is
+    subtracted from the rewards ("own": the algorithm's), a running average by `baseline_decay` an iteration. Inner steps
+    end early once the measured KL to theta_k exceeds `max_kl` nats a sequence (None: never). Responses of older weights
+    count by min(pi_k / pi_mu, `staleness_cap`). `microbatch` responses share a forward pass.
+    """
+
     inner_steps: int
     temperature: float
     microbatch: int
+    algorithm: str = "mdloo"
+    kl: str = "sampled"
+    beta: float = 0.0
+    gamma: float = 1.0
+    clip: float = 0.2
+    baseline: str = "own"
+    baseline_decay: float = 0.9
+    max_kl: float | None = None
+    staleness_cap: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_choice(self.algorithm, kl=self.kl, baseline=self.baseline, beta=self.beta)
+        if self.inner_steps < 1 or self.microbatch < 1:
+            raise ValueError(f"at least one inner step and microbatch row, got {self.inner_steps} and {self.microbatch}")
+
+    @classmethod
+    def of(cls, options: Any) -> OnlineSettings:
+        """The settings in a stage's options, which have the same names among others."""
+        return cls(**{field.name: getattr(options, field.name) for field in fields(cls)})
+
+    @property
+    def baseline_name(self) -> str:
+        """The baseline by name, also where it is the algorithm's own."""
+        return ALGORITHMS[self.algorithm].baselines[0] if self.baseline == "own" else self.baseline

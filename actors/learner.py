@@ -2,8 +2,8 @@
 
 A `TrainingJob` says what to train, from which policy folder, against which frozen ones, with which optimizer. `begin`
 restores the job's newest whole checkpoint, so that a restarted learner continues where the last commit was; batches are a
-function of the step alone (see `afm_rl/packing.py`), which makes the continuation exact. The MDLOO update (section 9 of the
-specification) lives here too, because all three log-probabilities must come from the learner's own program.
+function of the step alone (see `afm_rl/packing.py`), which makes the continuation exact. The online update (4.3.3) is here
+too (`online_update.py`), because log pi_theta, pi_k and pi_ref must come from the learner's own program.
 
 One learner may be one process of several that form a mesh: every process is told the same, all of them compute, and what a
 call returns or writes is the first process's.
@@ -24,8 +24,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from actors.artifacts import load_artifact, save_artifact
-from actors.jobs import AdapterSpec, HeldOut, LearnerSetup, MdlooSettings, TrainingJob
-from actors.mdloo_batch import prepare
+from actors.jobs import AdapterSpec, HeldOut, LearnerSetup, OnlineSettings, TrainingJob
+from actors.online_batch import OnlineBatch
+from actors.online_update import OnlineUpdate
 from afm_rl import checkpoint
 from afm_rl.compute import Compute
 from afm_rl.config import ModelConfig
@@ -34,13 +35,13 @@ from afm_rl.goodput import Goodput
 from afm_rl.huggingface import load_pretrained
 from afm_rl.lora import init_lora
 from afm_rl.objectives.supervised import cross_entropy
-from afm_rl.packing import Batch, PackedRows, cut, microbatches
+from afm_rl.packing import Batch, PackedRows, microbatches
 from afm_rl.parameters import axes_like_params, init_params, param_shardings, shard_like_params
 from afm_rl.policy_losses import View, adapter_view, build, full_view, response_logps, target_scores
 from afm_rl.reward_model import init_heads
 from afm_rl.sharding import make_mesh, put, shard_batch, to_host
 from afm_rl.training import SHARE, TrainState, add_up, create_state, make_accumulated_step, make_train_step, to_floats
-from afm_rl.types import ScoredGroup, Weights
+from afm_rl.types import PolicyUpdate, ScoredGroup, Weights
 from afm_rl.weights import flatten
 from pretrain.pruning import init_scores, mask_view, prune
 from quant.sensitivity import fisher_diagonal
@@ -71,6 +72,8 @@ class Learner:
         self._mesh = make_mesh(self._setup.mesh) if self._setup.mesh.size > 1 else None
         self._goodput, self._idle_since = Goodput(), time.perf_counter()
         self._job: TrainingJob | None = None
+        self._memory: dict[str, Any] = {}  # what an online job keeps beside its state, written into every checkpoint
+        self._resumed_from: Mapping[str, Any] = {}
         self._state: TrainState | None = None
         self._frozen: dict[str, Any] = {}
         self._view: View = full_view
@@ -100,9 +103,14 @@ class Learner:
         params = loaded.params if loaded else _init_params(config, np.uint32(job.seed))
         trained = self._place(self._trained(job, params, config))
         optimizer = job.optimizer.build(width=config.dim)
-        self._loss = build(job.objective, config, options, view=self._view)
-        self._step = make_train_step(self._loss, optimizer, seed=job.seed)
-        self._accumulated_step = make_accumulated_step(self._loss, optimizer, seed=job.seed)
+        if job.objective == "online":  # the constants of its loss come with every update
+            self._online = OnlineUpdate(
+                config, optimizer, compute=self._setup.compute, view=self._view, mesh=self._mesh, seed=job.seed
+            )
+        else:
+            self._loss = build(job.objective, config, options, view=self._view)
+            self._step = make_train_step(self._loss, optimizer, seed=job.seed)
+            self._accumulated_step = make_accumulated_step(self._loss, optimizer, seed=job.seed)
         self._job, self.config = job, config
         how: dict[str, Any] = {"config": config, "compute": self._setup.compute}
         self._logps = jax.jit(partial(_log_probs, **how), static_argnames=("view", "temperature"))
@@ -187,13 +195,9 @@ class Learner:
         if len(parts) == 1:
             self._state, metrics = self._step(self._require_state(), self._frozen, shard_batch(batch, self._mesh))
             return metrics
-        return add_up(self._accumulate(parts))
-
-    def _accumulate(self, parts: Sequence[Batch]) -> list[dict[str, Any]]:
-        """One update by the sum of the gradients of microbatches; the metrics of each."""
         placed = [shard_batch(part, self._mesh) for part in parts]
         self._state, measured = self._accumulated_step(self._require_state(), self._frozen, placed)
-        return measured
+        return add_up(measured)
 
     def goodput(self) -> dict[str, float]:
         """Where the job's time went, in seconds by kind, and the share of steps (`afm_rl/goodput.py`)."""
@@ -235,37 +239,52 @@ class Learner:
         return fisher_diagonal(to_host(gradient(params, self._frozen, shard_batch(b, self._mesh))) for b in batches)
 
     @on_mesh
-    def update_mdloo(self, iteration: int, groups: Sequence[ScoredGroup], settings: MdlooSettings) -> dict[str, float]:
-        """One policy-update stage over n x K responses sampled from the current parameters (theta_k), in microbatches.
+    def update_policy(
+        self,
+        iteration: int,
+        groups: Sequence[ScoredGroup],
+        settings: OnlineSettings,
+        consumed: Mapping[str, Any] | None = None,
+        version: int | None = None,
+    ) -> PolicyUpdate:
+        """One policy-update stage over n x K responses, in microbatches; a checkpoint of `iteration` + 1 where one is due.
 
-        Raises ValueError when no group has two valid responses.
+        `version` is that of the parameters as they are, theta_k (None: `iteration`): responses of another version are
+        weighted by their staleness. `consumed` is written into the metadata of the next checkpoint. Where no response can
+        be used nothing is updated and the metric `sequences` is 0; the iteration counts all the same.
         """
         self._woken()
+        if consumed is not None:
+            self._memory["consumed"] = dict(consumed)
         with self._goodput.measure("step"):
-            prepared = prepare(groups, settings, self._log_probs_in_parts)
-            for _ in range(settings.inner_steps):
-                measured = self._accumulate([cut(prepared.batch, rows, width) for rows, width in prepared.parts])
-            metrics = prepared.metrics(to_host(measured), gamma=self._require_job().options["gamma"])
+            batch = OnlineBatch(
+                groups,
+                settings,
+                version=iteration if version is None else version,
+                average=self._memory.get("average_reward"),
+                whole_rows=self._setup.mesh.seq > 1,  # a sequence that is cut over the mesh stays cut
+            )
+            if batch.score(self.log_probs):
+                self._state, report = self._online.run(self._require_state(), self._frozen, batch, settings)
+            else:
+                report = batch.report([], {"inner_steps_done": 0.0})
+            if batch.average is not None:
+                self._memory["average_reward"] = batch.average
         if (iteration + 1) % self._require_job().checkpoint_every == 0:
             with self._goodput.measure("checkpoint"):
                 self.save(iteration + 1)
         self._idle_since = time.perf_counter()
-        return metrics
-
-    def _log_probs_in_parts(
-        self, batch: Batch, parts: Sequence[tuple[np.ndarray, int]], which: str, temperature: float
-    ) -> np.ndarray:
-        """`log_probs` of a padded batch, microbatch by microbatch -> [B, T]."""
-        logp_BT = np.zeros_like(batch["mask_BT"])
-        for rows, width in parts:
-            logp_BT[rows, :width] = self.log_probs(cut(batch, rows, width), which, temperature)
-        return logp_BT
+        return report
 
     def save(self, step: int) -> None:
-        """Begin to write a checkpoint of the job at `step` (for MDLOO: iterations done); the write goes on behind."""
+        """Begin to write a checkpoint of the job at `step` (online: iterations done); the write goes on behind."""
         job = self._require_job()
         assert self._checkpoints is not None  # opened by begin
-        self._checkpoints.save(step, self._require_state(), {"task": job.task, "step": step})
+        self._checkpoints.save(step, self._require_state(), {"task": job.task, "step": step, **self._memory})
+
+    def resumed_from(self) -> Mapping[str, Any]:
+        """The metadata of the checkpoint that `begin` restored, `consumed` among it; {} where there was none."""
+        return self._resumed_from
 
     def wait_for_checkpoints(self) -> None:
         """Block until what `save` began is on the disk; raises what went wrong with it."""
@@ -299,12 +318,15 @@ class Learner:
         self._checkpoints = checkpoint.Checkpoints(
             job.checkpoint_folder, keep=self._setup.keep, keep_every=self._setup.keep_every
         )
+        self._memory, self._resumed_from = {}, {}
         found = self._checkpoints.latest()
         if found is None:
             return 0
         if found.metadata["task"] != job.task:
             raise ValueError(f"{found.folder}: a checkpoint of task {found.metadata['task']!r}, not {job.task!r}")
         self._state = checkpoint.restore(found, like=self._require_state())
+        self._resumed_from = dict(found.metadata)
+        self._memory = {name: found.metadata[name] for name in ("consumed", "average_reward") if name in found.metadata}
         return int(found.metadata["step"])
 
     def _require_job(self) -> TrainingJob:

@@ -8,11 +8,13 @@ last given from the weight store itself, before it answers anybody.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from actors.engine_use import EngineUse, LiveGauges
+from actors.failures import InfrastructureError
 from actors.host import Handle, call, return_freed_memory
 from actors.metrics import MetricsSink
 from actors.shared_engine import SharedEngine
@@ -23,6 +25,21 @@ from afm_rl.huggingface import load_params
 from afm_rl.tokenizer import Tokenizer
 from afm_rl.types import Answered, GenerationRequest, Weights
 from afm_rl.weights import unflatten
+
+log = logging.getLogger(__name__)
+
+
+class UnacknowledgedError(InfrastructureError):
+    """An actor was started anew and nobody knows yet what it holds: ask it (`held`) before it is asked to generate."""
+
+
+@dataclass(frozen=True)
+class Acknowledged:
+    """What an actor holds of a policy: the digest is that of the bytes it received and verified."""
+
+    policy: str
+    version: int
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -41,7 +58,7 @@ class PolicySpec:
 class _Holding:
     spec: PolicySpec
     engine: SharedEngine
-    digest: str
+    acknowledged: Acknowledged
 
 
 class Committee:
@@ -62,15 +79,22 @@ class Committee:
         self._members: dict[str, _Holding] = {}
         self._retired = EngineUse()
         self._gauges = LiveGauges(name, sinks)
-        for weights, spec in call(store, "assigned", name) if store is not None else ():
-            self.load(weights, spec)
+        assigned = call(store, "assigned", name) if store is not None else []
+        for weights, spec in assigned:
+            try:
+                self.load(weights, spec)
+            except ValueError:  # whoever asks what is held learns that it is not, and may give it again
+                log.exception("%s does not hold policy %r, which it was given before", name, weights.policy)
+        self._unacknowledged = bool(assigned)
 
-    def load(self, weights: Weights, spec: PolicySpec) -> str:
+    def load(self, weights: Weights, spec: PolicySpec) -> Acknowledged:
         """Verify and hold these weights under their policy's name, between two steps of what is generating.
 
-        Returns the digest of the bytes received. Raises DigestMismatchError or ValueError (values that are not finite); the
-        weights held before go on serving.
+        Acknowledges the version and the digest of the bytes received. Raises DigestMismatchError or ValueError (values that
+        are not finite, a version below 0); the weights held before go on serving.
         """
+        if weights.version < 0:
+            raise ValueError(f"weights of policy {weights.policy!r} have version {weights.version}; versions start at 0")
         params = unflatten(weights)  # views into the message, which the engine uses where it lies or copies once
         held = self._predecessor(weights.policy)
         same = held is not None and held[1].spec == spec
@@ -81,17 +105,18 @@ class Committee:
             self._retired += held[1].engine.use().retired()
         # Replaced as a whole: other threads look a policy up meanwhile.
         others = {name: member for name, member in self._members.items() if held is None or name != held[0]}
-        self._members = {**others, weights.policy: _Holding(spec, engine, weights.digest)}
-        return weights.digest
+        acknowledged = Acknowledged(weights.policy, weights.version, weights.digest)
+        self._members = {**others, weights.policy: _Holding(spec, engine, acknowledged)}
+        return acknowledged
 
     def members(self) -> list[str]:
         """Names of the policies held."""
         return sorted(self._members)
 
-    def digest(self, policy: str) -> str | None:
-        """The digest of the weights held of a policy; None where none are."""
-        held = self._members.get(policy)
-        return held.digest if held is not None else None
+    def held(self) -> list[Acknowledged]:
+        """Acknowledges everything that it holds: what it took from the store itself when it was started anew."""
+        self._unacknowledged = False
+        return [member.acknowledged for member in self._members.values()]
 
     def keep_only(self, members: Sequence[str]) -> None:
         """Free every other member's weights."""
@@ -100,8 +125,11 @@ class Committee:
         self._members = {name: held for name, held in self._members.items() if name in members}
 
     def answer(self, policy: str, requests: Sequence[GenerationRequest]) -> Iterator[Answered]:
-        """The answers of a policy as they are finished. Raises RuntimeError when it is not held."""
+        """The answers of a policy as they are finished. Raises RuntimeError when it is not held, UnacknowledgedError when
+        nobody has asked a life of this actor that began by itself what it holds."""
         members = self._members
+        if self._unacknowledged:
+            raise UnacknowledgedError(f"asked for policy {policy!r} by someone who does not know that this actor was lost")
         if policy not in members:
             raise RuntimeError(
                 f"asked for policy {policy!r}, but no weights of it were delivered here; held: "

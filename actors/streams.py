@@ -9,8 +9,9 @@ takes weights and says how it does. Inline, an item is computed when it is asked
 from __future__ import annotations
 
 import itertools
+import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,11 +33,15 @@ from actors.host import (
     gather,
 )
 
+log = logging.getLogger(__name__)
+
 #: Streams that an actor answers at a time; one more waits for the end of another.
 MAX_STREAMS = 8
 #: Ray's concurrency groups: a thread for each stream, one for liveness. Calls have the default one.
 STREAM_GROUP, ASIDE_GROUP = "stream", "aside"
 CONCURRENCY_GROUPS = {STREAM_GROUP: MAX_STREAMS, ASIDE_GROUP: 1}
+#: Seconds until an actor that was ended for good has given its name back; one that was stopped takes longest.
+CLOSE_DEADLINE_S = 30.0
 #: Seconds a busy machine may take to start a process anew and construct its role.
 REVIVAL_DEADLINE_S = 120.0
 
@@ -64,8 +69,14 @@ class StreamingHandle(Handle, Protocol):
     def submit_in(self, life: str, method: str, *args: Any) -> Pending:
         """As `submit`, in that life of the actor only; OtherLifeError in a later one."""
 
+    def submit_returning(self, method: str, *args: Any) -> Pending:
+        """As `submit`, and while the actor is on its way back the call waits for it: for one that may run twice."""
+
     def end(self) -> None:
         """Kill the actor's process, working or stopped; what it was doing is lost, and it starts anew."""
+
+    def close(self) -> None:
+        """End the actor for good, and let its name and its place go."""
 
     def revive(self) -> Pending:
         """A call that ends, with a name for its life, once a lost actor answers again, or in ActorLostError."""
@@ -95,6 +106,18 @@ def call_again(handle: StreamingHandle, method: str, *args: Any, deadline_s: flo
         return call(handle, method, *args, deadline_s=deadline_s)
 
 
+def look_at(handles: Sequence[StreamingHandle], method: str, *, deadline_s: float) -> dict[str, Any]:
+    """What a quick method answers, by actor, without those that are lost or do not answer in time."""
+    pending = [(handle.name, handle.submit(method)) for handle in handles]
+    end_s, found = time.monotonic() + deadline_s, {}
+    for name, one in pending:
+        try:
+            found[name] = one.result(max(0.0, end_s - time.monotonic()))
+        except (ActorLostError, TimeoutError) as error:
+            log.info("%s is left out: %s", one.what, error)
+    return found
+
+
 def ready(calls: Sequence[Pending | Stream], timeout_s: float) -> list[Pending | Stream]:
     """Those of the calls that can be read without waiting, as soon as one can; none when the time is over."""
     here = [call for call in calls if not isinstance(call, RayPending | RayStream)]
@@ -107,6 +130,10 @@ def ready(calls: Sequence[Pending | Stream], timeout_s: float) -> list[Pending |
     return here + [refs[ref] for ref in ray.wait(list(refs), num_returns=len(refs), timeout=0, fetch_local=False)[0]]
 
 
+#: The face of `ready`.
+Wait = Callable[[Sequence[Pending | Stream], float], list[Pending | Stream]]
+
+
 class InlineStreamingHandle(InlineHandle):
     """The actor lives in this process. It cannot be lost; `end` constructs its role anew."""
 
@@ -117,19 +144,27 @@ class InlineStreamingHandle(InlineHandle):
         try:
             return self._done(method, self._host.run_in(life, method, {}, *call_arguments(args)))
         except OtherLifeError as error:
-            return _Refused(f"{self.name}.{method}", error)
+            return Failed(f"{self.name}.{method}", error)
+
+    def submit_returning(self, method: str, *args: Any) -> Pending:
+        return self.submit(method, *args)
 
     def end(self) -> None:
         self._host = self._construct()
+
+    def close(self) -> None:
+        del self._host
 
     def revive(self) -> Pending:
         return self.ping()
 
 
 @dataclass(frozen=True)
-class _Refused:
+class Failed:
+    """A call that has ended in an exception already."""
+
     what: str
-    error: OtherLifeError
+    error: Exception
 
     def result(self, timeout_s: float) -> Any:  # noqa: ARG002 (the face of Pending; an inline call has already ended)
         raise self.error
@@ -163,6 +198,11 @@ class RayStreamingHandle(RayHandle):
         what = f"{self.name}.{method}"
         return RayPending(what, self._actor.run_in.options(name=what).remote(life, method, {}, *call_arguments(args)))
 
+    def submit_returning(self, method: str, *args: Any) -> Pending:
+        what = f"{self.name}.{method}"
+        run = self._actor.run.options(name=what, max_task_retries=-1)
+        return RayPending(what, run.remote(method, {}, *call_arguments(args)))
+
     def ping(self) -> Pending:
         return RayPending(f"the placement of {self.name}", self._aside("ping").remote())
 
@@ -178,6 +218,25 @@ class RayStreamingHandle(RayHandle):
         import ray
 
         ray.kill(self._actor, no_restart=False)
+
+    def close(self) -> None:
+        import ray
+
+        ray.kill(self._actor, no_restart=True)
+        end_s = time.monotonic() + CLOSE_DEADLINE_S
+        while self._named() and time.monotonic() < end_s:
+            time.sleep(0.05)
+        if self._named():
+            raise DeadlineError(f"waited {CLOSE_DEADLINE_S:.0f} s for the end of {self.name}, which still has its name")
+
+    def _named(self) -> bool:
+        import ray
+
+        try:
+            ray.get_actor(self.name)
+        except ValueError:
+            return False
+        return True
 
     def revive(self) -> Pending:
         # Retried for as long as the actor is on its way back; an error once Ray has given it up.

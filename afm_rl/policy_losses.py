@@ -10,6 +10,7 @@ Shapes: B batch, T time, D model. Preference batches hold the chosen rows first,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,13 +22,13 @@ from afm_rl.model import forward
 from afm_rl.objectives.distillation import top1_distillation
 from afm_rl.objectives.dpo import dpo_loss
 from afm_rl.objectives.ipo import ipo_loss
-from afm_rl.objectives.mdloo import mdloo_loss
+from afm_rl.objectives.online import online_loss
 from afm_rl.objectives.reward import reward_loss
-from afm_rl.objectives.sequence import TargetScores, masked_sum
+from afm_rl.objectives.sequence import TargetScores, align_to_target, next_tokens, score_next
 from afm_rl.objectives.supervised import cross_entropy
 from afm_rl.parameters import Params
 from afm_rl.reward_model import score
-from afm_rl.token_scores import score_tokens, top1_tokens
+from afm_rl.token_scores import map_logits, response_window, score_against, score_tokens, top1_tokens
 from afm_rl.training import Batch, LossFn
 from afm_rl.types import GRADINGS
 
@@ -161,11 +162,31 @@ def response_logps(
     compute: Compute = DEFAULT_COMPUTE,
     temperature: float = 1.0,
 ) -> jax.Array:
-    """log p of every target token, 0 elsewhere -> [B, T] float32. The learner's program for all three log-probabilities."""
+    """log p of every target token, 0 elsewhere -> [B, T] float32. The learner's program for all three log-probabilities.
+
+    Where the batch says which token of a row comes first (`first_B`), mask_BT and the result begin there and the logits of
+    the prompt are not made.
+    """
+    hidden_BTD, next_BT = _predictions(params, batch, config=config, compute=compute)
+    how: dict[str, Any] = {"config": config, "compute": compute}
+    logp_BT = map_logits(partial(_next_logp, temperature=temperature), params, hidden_BTD, [next_BT], **how)
+    return _aligned(logp_BT, batch) * batch["mask_BT"]
+
+
+def _next_logp(logits_BCV: jax.Array, next_BC: jax.Array, *, temperature: float) -> jax.Array:
+    return score_next(logits_BCV, next_BC, temperature=temperature).logp_BT
+
+
+def _predictions(params: Params, batch: Batch, *, config: ModelConfig, compute: Compute) -> tuple[jax.Array, jax.Array]:
+    """The hidden states that predict the batch's tokens, and those tokens: of the rows, or of their responses alone."""
     hidden_BTD = hidden_states(params, batch, config=config, compute=compute)
-    targets = [batch["tokens_BT"]]
-    scores = score_tokens(params, hidden_BTD, targets, config=config, compute=compute, temperature=temperature)[0]
-    return scores.logp_BT * batch["mask_BT"]
+    if "first_B" not in batch:
+        return hidden_BTD, next_tokens(batch["tokens_BT"])
+    return response_window(hidden_BTD, batch["tokens_BT"], batch["first_B"], width=batch["mask_BT"].shape[1])
+
+
+def _aligned(value_BT: jax.Array, batch: Batch) -> jax.Array:
+    return value_BT if "first_B" in batch else align_to_target(value_BT)
 
 
 def preference(
@@ -191,24 +212,42 @@ def preference(
     return loss
 
 
-def mdloo(config: ModelConfig, *, gamma: float, temperature: float = 1.0, compute: Compute = DEFAULT_COMPUTE) -> LossFn:
-    """Eq. 9 (see `objectives/mdloo.py`). Batch: tokens_BT, mask_BT, behavior_logp_BT, advantage_B, num_sequences.
+def online(
+    config: ModelConfig,
+    *,
+    algorithm: str,
+    temperature: float,
+    beta: float,
+    gamma: float,
+    clip: float,
+    staleness_cap: float,
+    kl: str = "sampled",
+    view: View = full_view,
+    compute: Compute = DEFAULT_COMPUTE,
+) -> LossFn:
+    """An algorithm of `objectives/online.py`. Batch: tokens_BT, what `online_loss` lists, first_B (see `response_logps`).
 
-    It reports each sequence's log(pi_theta / pi_k): `mdloo.sequence_metrics` makes the metrics of all microbatches of it.
+    The `full` form of MDLOO's KL compares with frozen["behavior"], theta_k; at theta_k itself (no behavior_logp_BT in the
+    batch) its gradient is zero, and nothing is computed. It reports what `online_loss` does, and logp_BT of every position.
     """
+    how: dict[str, Any] = {"config": config, "compute": compute}
 
     def loss(params: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        del frozen, key
-        logp_BT = response_logps(params, batch, config=config, compute=compute, temperature=temperature)
-        value, _ = mdloo_loss(
-            logp_BT=logp_BT,
-            behavior_logp_BT=batch["behavior_logp_BT"],
-            advantage_B=batch["advantage_B"],
-            mask_BT=batch["mask_BT"],
-            gamma=gamma,
-            num_sequences=batch["num_sequences"],
-        )
-        return value, {"log_ratio_B": masked_sum(logp_BT - batch["behavior_logp_BT"], batch["mask_BT"])}
+        del key
+        seen = view(params, frozen, batch)
+        hidden_BTD, next_BT = _predictions(seen, batch, **how)
+        kl_BT = None
+        if kl == "full" and "behavior_logp_BT" in batch:
+            behind = view(frozen["behavior"], frozen, batch)
+            behind_BTD, _ = _predictions(behind, batch, **how)
+            scored = score_against(seen, hidden_BTD, behind, behind_BTD, next_BT, temperature=temperature, **how)
+            logp_BT, kl_BT = (_aligned(value_BT, batch) for value_BT in scored)
+        else:
+            logp_BT = map_logits(partial(_next_logp, temperature=temperature), seen, hidden_BTD, [next_BT], **how)
+            logp_BT = _aligned(logp_BT, batch)
+        constants: dict[str, Any] = {"gamma": gamma, "clip": clip, "beta": beta, "staleness_cap": staleness_cap}
+        value, of_sequence = online_loss(algorithm, batch, logp_BT, kl_BT=kl_BT, **constants)
+        return value, {**of_sequence, "logp_BT": jax.lax.stop_gradient(logp_BT)}
 
     return loss
 
@@ -223,6 +262,6 @@ def build(objective: str, config: ModelConfig, options: Mapping[str, Any], *, vi
         return reward(config, **options)
     if objective in ("dpo", "ipo"):
         return preference(objective, config, view=view, **options)
-    if objective == "mdloo":
-        return mdloo(config, **options)
-    raise ValueError(f"unknown objective {objective!r}; known: supervised, distillation, reward, dpo, ipo, mdloo")
+    if objective == "online":
+        return online(config, view=view, **options)
+    raise ValueError(f"unknown objective {objective!r}; known: supervised, distillation, reward, dpo, ipo, online")

@@ -67,11 +67,12 @@ def make_train_step(
 
 def make_accumulated_step(
     loss_fn: LossFn, optimizer: optax.GradientTransformation, *, seed: int = 0
-) -> Callable[[TrainState, Any, Sequence[Batch]], tuple[TrainState, list[dict[str, jax.Array]]]]:
+) -> Callable[..., tuple[TrainState, list[dict[str, jax.Array]]]]:
     """A `(state, frozen, microbatches) -> (state, metrics of each)`: one update by the sum of the microbatches' gradients.
 
     Each microbatch's loss is normalised by the whole batch: by the loss itself, or by its `SHARE`. Memory is that of the
-    largest microbatch; each of their shapes is compiled once. The state is donated.
+    largest microbatch; each of their shapes is compiled once. The state is donated. With `proceed`, a function of the
+    microbatches' metrics, the update is made only where it returns True; else the state comes back as it is.
     """
 
     def add_to(total: Any, params: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
@@ -83,11 +84,18 @@ def make_accumulated_step(
     update = jax.jit(partial(_update, optimizer), donate_argnums=0)
     key_of = jax.jit(lambda step, index: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), index))
 
-    def step(state: TrainState, frozen: Any, microbatches: Sequence[Batch]) -> tuple[TrainState, list[dict[str, jax.Array]]]:
+    def step(
+        state: TrainState,
+        frozen: Any,
+        microbatches: Sequence[Batch],
+        proceed: Callable[[list[dict[str, jax.Array]]], bool] | None = None,
+    ) -> tuple[TrainState, list[dict[str, jax.Array]]]:
         total, measured = zeros(state.params), []
         for index, batch in enumerate(microbatches):
             total, metrics = add_gradient(total, state.params, frozen, batch, key_of(state.step, index))
             measured.append(metrics)
+        if proceed is not None and not proceed(measured):
+            return state, measured
         state, of_update = update(state, total)
         return state, [{**of_update, **metrics} for metrics in measured]
 

@@ -21,7 +21,12 @@ class DigestMismatchError(ValueError):
 
 
 def flatten(params: Mapping[str, Any], *, policy: str, version: int) -> Weights:
-    """Pack a nested dict of arrays. Leaf order is the sorted path, so equal trees give equal buffers and digests."""
+    """Pack a nested dict of arrays. Leaf order is the sorted path, so equal trees give equal buffers and digests.
+
+    Raises ValueError for a version below 0, which no generator can tell from having no weights.
+    """
+    if version < 0:
+        raise ValueError(f"policy {policy!r}: versions start at 0, got {version}")
     parts: dict[str, list[np.ndarray]] = {}
     offsets: dict[str, int] = {}
     layout = []

@@ -148,6 +148,16 @@ def _import(args: argparse.Namespace) -> None:
     print(f"next: {next_step}")
 
 
+def _scale(args: argparse.Namespace) -> None:
+    from topologies.control import check_request, scale
+    from topologies.run_folder import RunFolder
+
+    for role, count in args.roles:
+        check_request(role, count)
+    for role, count in args.roles:
+        print(scale(RunFolder.open(args.run), role, count, timeout_s=args.timeout))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="afm-rl",
@@ -180,6 +190,10 @@ def _parser() -> argparse.ArgumentParser:
     serve = _run_command(commands, "serve", _serve, "serve a run's model with OpenAI's HTTP interface")
     serve.add_argument("--host", help="default: the topology's (127.0.0.1)")
     serve.add_argument("--port", type=int, help="default: the topology's (8000); 0 takes a free one")
+
+    scale = _run_command(commands, "scale", _scale, "change how many actors of a role a running launch has")
+    scale.add_argument("roles", nargs="+", type=_role, metavar="ROLE=N", help="sampler, committee or reward")
+    scale.add_argument("--timeout", type=float, default=180.0, metavar="S", help="seconds to wait (default 180)")
 
     export = _run_command(commands, "export", _export, "copy a policy out as a Hugging Face folder")
     export.add_argument("policy", metavar="POLICY")
@@ -232,6 +246,13 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, got {text!r}")
     return int(text)
+
+
+def _role(text: str) -> tuple[str, int]:
+    role, _, count = text.partition("=")
+    if not count.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be ROLE=N, as in sampler=4, got {text!r}")
+    return role, int(count)
 
 
 def _size(text: str) -> int:

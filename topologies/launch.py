@@ -33,6 +33,7 @@ from topologies.stages import (
     quantize,
     recover,
     reward_model,
+    rl,
     serve,
     sft,
     tokenizer,
@@ -51,6 +52,7 @@ STAGES: dict[str, Stage] = {
     "prune": prune.run,
     "sft": sft.run,
     "reward_model": reward_model.run,
+    "rl": rl.run,
     "itec": itec.run,
     "distill_committee": distill_committee.run,
     "quantize": quantize.run,
@@ -62,6 +64,7 @@ STAGES: dict[str, Stage] = {
 #: Figures that the report's first lines repeat: (stage, label).
 HEADLINE = (
     ("reward_model", "held-out pair accuracy"),
+    ("rl", "greedy accuracy"),
     ("itec", "SFT greedy accuracy"),
     ("itec", "MDLOO greedy accuracy"),
     ("itec", "MDLOO gain on held-out operands"),

@@ -1,6 +1,6 @@
 """What a launch says about itself while it runs: RUN/live.json, written anew every second, for `afm-rl watch`.
 
-A thread of its own asks every actor for a pulse (`actors/pulse.py`) and waits for none: one that is frozen shows as silent,
+A thread of its own asks every actor for a pulse (`actors/signs.py`) and waits for none: one that is frozen shows as silent,
 one that Ray starts anew as restarting. Whoever reads the file needs no Ray, and tells from its age whether the launch lives.
 Nothing here can hold up or end a run: what fails is logged once.
 """
@@ -21,7 +21,7 @@ from typing import Any
 
 from actors.failures import InfrastructureError
 from actors.host import Handle, Pending
-from actors.pulse import Pulse
+from actors.signs import Signs
 from actors.streams import ready
 from topologies.live_file import EVERY_S, FILE
 from topologies.progress import ProgressView
@@ -46,7 +46,7 @@ class _Known:
 
     state: str = "starting"
     cause: str = ""
-    pulse: Pulse | None = None
+    pulse: Signs | None = None
     lives: set[str] = field(default_factory=set)
     busy: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=round(BUSY_OVER_S / EVERY_S)))
     asked_s: float = 0.0
@@ -105,7 +105,7 @@ class Actors:
         except Exception as error:
             known.lost(error)
 
-    def _heard(self, known: _Known, pulse: Pulse | None) -> None:
+    def _heard(self, known: _Known, pulse: Signs | None) -> None:
         known.cause = ""
         if pulse is None:
             known.state = "starting"

@@ -262,14 +262,14 @@ def _itec(stage: Any, topology: Topology, config: ModelConfig, machine: Machine)
     cost = _answers(stage, responses, topology, config, machine) + _fit(stage.reward, config, machine, sequences=2)
     for member in stage.members:
         if member == "mdloo":
-            cost += _mdloo(stage.mdloo, topology, config, machine)
+            cost += _online(stage.mdloo, topology, config, machine)
         else:
             cost += _fit(getattr(stage, member), config, machine, sequences=2 if member in ("dpo", "ipo") else 1)
     reranked = stage.rerank_prompts * stage.responses_per_member * len(stage.members)
     return cost.times(stage.rounds) + _answers(stage, reranked, topology, config, machine)
 
 
-def _mdloo(options: Any, topology: Topology, config: ModelConfig, machine: Machine) -> Cost:
+def _online(options: Any, topology: Topology, config: ModelConfig, machine: Machine) -> Cost:
     """An iteration samples, scores (reward, theta_k and reference) and takes the inner steps; programs compile once."""
     responses, length = options.prompts * options.responses, PROMPT_TOKENS + options.max_tokens
     sampled = _answers(options, options.iterations * responses, topology, config, machine)
@@ -329,6 +329,7 @@ _COSTS: dict[str, Callable[[Any, Topology, ModelConfig, Machine], Cost]] = {
     "prune": _prune,
     "sft": _sft,
     "reward_model": _reward_model,
+    "rl": _online,
     "itec": _itec,
     "distill_committee": _distill_committee,
     "quantize": _quantize,

@@ -18,7 +18,7 @@ Rows = Sequence[Mapping[str, Any]]
 #: The phases of the paper that colour the run strip, and the stages in them.
 PHASES = {
     "pre-training": ("tokenizer", "pretrain", "prune"),
-    "post-training": ("sft", "reward_model", "itec", "rl", "distill_committee"),
+    "post-training": ("sft", "reward_model", "rl", "itec", "distill_committee"),
     "compression": ("quantize", "recover", "adapters"),
     "evaluation and serving": ("evaluate", "serve"),
 }

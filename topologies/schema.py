@@ -251,6 +251,9 @@ class Topology(Strict):
                     raise problem(
                         f"needs {_with_article(need)}, which no earlier stage makes; put {makers} before it", at=at
                     )
+            if stage.name == "rl" and stage.reward.model and "reward model" not in made:
+                message = "gives the reward model a weight, and no earlier stage makes one; put 'reward_model' before it"
+                raise problem(f"{message}, or write model: 0", at=(*at, "reward"))
             if self.model.huggingface and stage.name in ("prune", "recover"):
                 message = "needs the corpora that the tokenizer stage writes, which a Hugging Face folder goes without"
                 raise problem(f"{message}; remove this stage and those that build on it", at=at)
@@ -273,9 +276,21 @@ class Topology(Strict):
                 raise problem(f"must be less than model.ffn_dim, {limit}: prune narrows it", at=("small_model", "ffn_dim"))
             if stage.name == "pretrain":
                 self._check_phases(stage, at)
+            if stage.name == "rl":
+                self._check_online(stage, at)
+            if stage.name == "itec":
+                self._check_online(stage.mdloo, (*at, "mdloo"))
             if stage.name == "adapters" and stage.rank not in (ranks := self.stage("recover").ranks):
                 message = f"no recovery adapter of rank {stage.rank} to start from; recover.ranks are {ranks}"
                 raise problem(message, at=(*at, "rank"))
+
+    def _check_online(self, options: Any, at: Loc) -> None:
+        if self.deterministic and options.max_staleness:
+            message = "must be 0 with deterministic: true: which weights answer a prompt early is a matter of speed"
+            raise problem(message, at=(*at, "max_staleness"))
+        room = self.actors.sampler.engine.max_context or self.model.config().max_positions
+        if options.max_tokens >= room:
+            raise problem(f"leaves no room for a prompt in a context of {room} tokens", at=(*at, "max_tokens"))
 
     def _check_engines(self) -> None:
         limit = self.model.config().max_positions

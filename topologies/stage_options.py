@@ -14,6 +14,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, model_validator
 
 from pretrain.tokenizer_training import MIN_VOCAB_SIZE
+from topologies.online_options import OnlineTraining
+from topologies.reward_options import RewardWeights
 from topologies.strict import Count, CountOrZero, Fraction, Positive, PositiveOrZero, Strict, nearest, one_of, problem
 
 PhaseName = Annotated[str, one_of("pre-training stage", ("core", "continued", "context_lengthening"))]
@@ -181,29 +183,14 @@ class PreferenceTraining(Training):
     beta: Positive = 0.1
 
 
-class RewardWeights(Strict):
-    """R = model * reward model + verifier * checks passed; the verifier scores 0 where a prompt has no checks."""
+class RlStage(StageOptions, OnlineTraining):
+    """Online RL of one policy (4.3.3), from the SFT policy where there is one, else from the base model."""
 
-    model: PositiveOrZero = 1.0
-    verifier: PositiveOrZero = 0.0
-
-
-class MdlooTraining(Strict):
-    """MDLOO (4.3.3, E.2): `prompts` x `responses` an iteration, then `inner_steps` updates on them."""
-
-    iterations: Count = 20
-    prompts: Count = 16
-    responses: Annotated[int, Field(ge=2)] = 8  # the leave-one-out baseline needs another one
-    inner_steps: Annotated[int, Field(ge=2)] = 2  # with one, the KL to theta_k has gradient 0 and gamma does nothing
-    beta: PositiveOrZero = 0.05  # per nat of KL to the reference, inside R
-    gamma: PositiveOrZero = 1.0  # reward per nat of sequence KL to theta_k
-    learning_rate: Positive = 2e-5
-    end_fraction: Fraction = 1.0  # of the learning rate at the last step, by a cosine; 1: constant
-    warmup_steps: CountOrZero = 10
-    microbatch: Count = 64  # responses that share a forward pass; bounds the learner's memory
-    temperature: Positive = 1.0
-    max_tokens: Count = 32
-    reward: RewardWeights = RewardWeights()
+    needs = ("tokenizer", "base model")
+    makes = ("RL policy",)
+    reads = ("prompts",)
+    name: Literal["rl"] = "rl"
+    start: Literal["sft", "base"] | None = None
 
 
 class ItecStage(StageOptions):
@@ -228,7 +215,7 @@ class ItecStage(StageOptions):
     rs: FineTuning = FineTuning()
     dpo: PreferenceTraining = PreferenceTraining()
     ipo: PreferenceTraining = PreferenceTraining()
-    mdloo: MdlooTraining = MdlooTraining()
+    mdloo: OnlineTraining = OnlineTraining()
 
     @property
     def preference_length(self) -> int:
@@ -313,7 +300,7 @@ class AdaptersStage(StageOptions):
 class EvaluateStage(StageOptions):
     """Every policy on the held-out prompts, greedy and sampled."""
 
-    needs = ("SFT policy",)
+    needs = ("base model",)
     reads = ("eval_prompts",)
     name: Literal["evaluate"] = "evaluate"
     prompts: Count = 256
@@ -336,6 +323,7 @@ AnyStage = Annotated[
     | PruneStage
     | SftStage
     | RewardModelStage
+    | RlStage
     | ItecStage
     | DistillCommitteeStage
     | QuantizeStage
@@ -354,6 +342,7 @@ STAGES: dict[str, type[StageOptions]] = {
         PruneStage,
         SftStage,
         RewardModelStage,
+        RlStage,
         ItecStage,
         DistillCommitteeStage,
         QuantizeStage,

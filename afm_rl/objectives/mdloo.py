@@ -10,7 +10,13 @@ to be its gradient. Since E_pi_k[rho d grad log pi_theta] = grad KL with d = log
 
     -(1/N) sum_i stop_grad[rho_i (A_i - gamma d_i)] log pi_theta(y_i)
 
-has exactly minus Eq. 9's gradient. At theta = theta_k it does not depend on gamma: take at least two inner steps.
+has exactly minus Eq. 9's gradient. So has, with less variance, the KL computed over the whole vocabulary at each position,
+weighted by the ratio of the tokens before it and differentiated through both factors:
+
+    KL(pi_theta || pi_k) = E_pi_k[sum_t prod_{s<t} (pi_theta / pi_k)(y_s) KL_t]
+    KL_t                 = sum_v pi_theta(v) log[pi_theta(v) / pi_k(v)]
+
+At theta = theta_k neither depends on gamma: take at least two inner steps.
 
 Shapes: B sequences, T time, P prompts, G responses per prompt.
 """
@@ -77,6 +83,8 @@ def mdloo_loss(
     mask_BT: jax.Array,
     gamma: float,
     num_sequences: int | jax.Array | None = None,
+    weight_B: jax.Array | None = None,
+    kl_BT: jax.Array | None = None,
     d_max: float = 20.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The surrogate whose gradient is minus Eq. 9's estimate; its value means nothing, watch the metrics.
@@ -88,7 +96,10 @@ def mdloo_loss(
       mask_BT: 1 on response tokens, the end of sequence included. A row without any is absent (padding, invalid).
       gamma: trust region, in reward per nat of sequence KL.
       num_sequences: N, all valid sequences over microbatches and devices (default: the rows present here).
-      d_max: guards exp(d) against overflow inside the stopped weight only; hits are counted.
+      weight_B: of a response sampled by older weights, min(pi_k / pi_mu, cap); None: 1.
+      kl_BT: KL_t of the distribution that each token was drawn from, differentiable (`token_scores.score_against`); None:
+        the KL is estimated from the sampled tokens alone.
+      d_max: guards exp(d) against overflow inside the stopped weights only; hits are counted.
     Returns: the scalar loss, and metrics over the rows present: kl_to_behavior (KL(pi_theta || pi_k), nats a sequence),
       psi (estimate of Eq. 8), ratio_mean, ratio_max, effective_sample_fraction (1 at theta_k), d_max_hits, sequences.
     """
@@ -100,10 +111,33 @@ def mdloo_loss(
     advantage_B = jnp.where(present_B, jnp.asarray(advantage_B, logp_BT.dtype), 0)
     d_B = masked_sum(logp_BT - jnp.asarray(behavior_logp_BT, logp_BT.dtype), mask_BT)
     ratio_B = jnp.where(present_B, jnp.exp(jnp.minimum(d_B, d_max)), 0)
-    weight_B = jax.lax.stop_gradient(ratio_B * (advantage_B - gamma * d_B))
+    value_B = advantage_B if kl_BT is not None else advantage_B - gamma * d_B
+    terms_B = jax.lax.stop_gradient(ratio_B * value_B) * sequence_logp(logp_BT, mask_BT)
+    if kl_BT is not None:
+        difference_BT = logp_BT - jnp.asarray(behavior_logp_BT, logp_BT.dtype)
+        terms_B = terms_B - gamma * prefix_weighted_kl(kl_BT, difference_BT, mask_BT, d_max=d_max)
     total = present_B.sum() if num_sequences is None else num_sequences
-    loss = -(weight_B * sequence_logp(logp_BT, mask_BT)).sum() / jnp.maximum(jnp.asarray(total, logp_BT.dtype), 1)
+    loss = -weighted(terms_B, weight_B).sum() / jnp.maximum(jnp.asarray(total, logp_BT.dtype), 1)
     return loss, sequence_metrics(d_B, advantage_B, present_B, gamma=gamma, d_max=d_max)
+
+
+def prefix_weighted_kl(kl_BT: jax.Array, difference_BT: jax.Array, mask_BT: jax.Array, *, d_max: float) -> jax.Array:
+    """What has the gradient of sum_t exp(sum_{s<t} d_s) KL_t in every sequence, [B]; its value means nothing.
+
+    `difference_BT` is d = log pi_theta - log pi_k of the tokens. The exponent is cut at `d_max` in the stopped weight alone,
+    so that far from theta_k the gradient stays finite and does not vanish.
+    """
+    require_shape("kl_BT", kl_BT, mask_BT.shape)
+    stop = jax.lax.stop_gradient
+    d_BT = jnp.where(jnp.asarray(mask_BT) > 0, difference_BT, 0)
+    before_BT = jnp.cumsum(d_BT, axis=-1) - d_BT
+    prefix_BT = stop(jnp.exp(jnp.minimum(before_BT, d_max)))
+    return masked_sum(prefix_BT * (kl_BT + stop(kl_BT) * before_BT), mask_BT)
+
+
+def weighted(value_B: jax.Array, weight_B: jax.Array | None) -> jax.Array:
+    """Each sequence's term times the stopped weight of its staleness; None: as it is."""
+    return value_B if weight_B is None else jax.lax.stop_gradient(weight_B) * value_B
 
 
 def sequence_metrics(

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from actors.artifacts import load_artifact, save_artifact
-from actors.jobs import AdapterSpec, MdlooSettings, TrainingJob
+from actors.jobs import AdapterSpec, OnlineSettings, TrainingJob
 from actors.learner import Learner
-from actors.mdloo_batch import responses_batch
+from actors.online_batch import responses_batch
 from afm_rl.config import ModelConfig
 from afm_rl.model import forward, logits
 from afm_rl.packing import Batch, Example, pack, pad
@@ -25,7 +25,7 @@ from afm_rl.weights import digest
 
 CONFIG = ModelConfig(13, 8, 16, 1, 2, 1, 4)
 ADAMW = OptimizerSpec("adamw", 0.01)
-SETTINGS = MdlooSettings(beta=0.1, inner_steps=2, temperature=0.8, microbatch=64)
+SETTINGS = OnlineSettings(beta=0.1, gamma=0.5, inner_steps=2, temperature=0.8, microbatch=64)
 
 
 def random_params(seed: int) -> Any:
@@ -132,12 +132,11 @@ def np_logps(params: Any, batch: Batch, temperature: float = 1.0) -> np.ndarray:
 def mdloo_job(folder: Path, folders: dict[str, str]) -> TrainingJob:
     return TrainingJob(
         "mdloo",
-        "mdloo",
+        "online",
         ADAMW,
         str(folder / "checkpoints"),
         init=folders["start"],
         frozen={"reference": folders["reference"]},
-        options={"gamma": 0.5, "temperature": SETTINGS.temperature},
         checkpoint_every=1,
     )
 
@@ -168,14 +167,14 @@ class Spy(Learner):
         self.events: list[str] = []
         self.batches: list[Batch] = []
         step = super().begin(job)
-        inner = self._accumulated_step
+        inner = self._online._step
 
-        def recorded(state: Any, frozen: Any, microbatches: Sequence[Batch]) -> Any:
+        def recorded(state: Any, frozen: Any, parts: Sequence[Batch], proceed: Any) -> Any:
             self.events.append("step")
-            self.batches += [{name: np.array(value) for name, value in batch.items()} for batch in microbatches]
-            return inner(state, frozen, microbatches)
+            self.batches += [{name: np.array(value) for name, value in batch.items()} for batch in parts]
+            return inner(state, frozen, parts, proceed)
 
-        self._accumulated_step = recorded
+        self._online._step = recorded  # type: ignore[method-assign]
         return step
 
     def log_probs(self, batch: Batch, which: str = "current", temperature: float = 1.0) -> np.ndarray:
@@ -189,7 +188,7 @@ def update(tmp_path_factory: pytest.TempPathFactory, folders: dict[str, str]) ->
     """One MDLOO update, watched."""
     learner = Spy()
     learner.begin(mdloo_job(tmp_path_factory.mktemp("update"), folders))
-    return learner, learner.update_mdloo(0, groups(0), SETTINGS)
+    return learner, dict(learner.update_policy(0, groups(0), SETTINGS).metrics)
 
 
 def test_behavior_log_probabilities_come_before_any_step(update: tuple[Spy, dict[str, float]]) -> None:
@@ -198,7 +197,8 @@ def test_behavior_log_probabilities_come_before_any_step(update: tuple[Spy, dict
     assert learner.events == ["current", "reference", "step", "step"]
     first, second = learner.batches
     assert all(np.array_equal(first[name], second[name]) for name in first)
-    np.testing.assert_allclose(first["behavior_logp_BT"], np_logps(random_params(0), first, 0.8), atol=1e-5)
+    own = first["behavior_logp_BT"] * first["mask_BT"]
+    np.testing.assert_allclose(own, np_logps(random_params(0), first, 0.8), atol=1e-5)
     assert metrics["kl_to_behavior"] > 1e-4
 
 
@@ -237,7 +237,7 @@ def test_invalid_responses_change_nothing(
     """Guards the update, bit for bit, against the content of responses without a reward."""
     learner = Learner()
     learner.begin(mdloo_job(tmp_path, folders))
-    learner.update_mdloo(0, groups(0, invalid_seed=1), SETTINGS)
+    learner.update_policy(0, groups(0, invalid_seed=1), SETTINGS)
     assert learned(learner) == learned(update[0])
 
 
@@ -245,7 +245,7 @@ def test_the_first_inner_step_is_on_policy(tmp_path: Path, folders: dict[str, st
     """Guards the ratio: at theta_k it is 1 for every sequence, and the KL zero."""
     learner = Learner()
     learner.begin(mdloo_job(tmp_path, folders))
-    metrics = learner.update_mdloo(0, groups(0), dataclasses.replace(SETTINGS, inner_steps=1))
+    metrics = learner.update_policy(0, groups(0), dataclasses.replace(SETTINGS, inner_steps=1)).metrics
     assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-5)
     assert metrics["effective_sample_fraction"] == pytest.approx(1, abs=1e-5)
     assert metrics["kl_to_behavior"] == pytest.approx(0, abs=1e-6)
@@ -259,7 +259,7 @@ def test_microbatches_change_nothing(
     whole, expected = update
     learner = Spy()
     learner.begin(mdloo_job(tmp_path, folders))
-    metrics = learner.update_mdloo(0, groups(0), dataclasses.replace(SETTINGS, microbatch=microbatch))
+    metrics = learner.update_policy(0, groups(0), dataclasses.replace(SETTINGS, microbatch=microbatch)).metrics
     assert len(learner.batches) == 2 * -(-9 // microbatch)
     assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-6)
     trees = (jax.tree.leaves(of._require_state().params) for of in (learner, whole))
@@ -271,28 +271,34 @@ def test_mdloo_continues_exactly(tmp_path: Path, folders: dict[str, str]) -> Non
     """Guards the online loop's checkpoint: whole iterations, whatever the number of inner steps, bit for bit."""
     whole = Learner()
     whole.begin(mdloo_job(tmp_path / "whole", folders))
-    expected = [whole.update_mdloo(i, groups(i), SETTINGS) for i in range(4)]
+    expected = [whole.update_policy(i, groups(i), SETTINGS).metrics for i in range(4)]
 
     job = mdloo_job(tmp_path / "killed", folders)
     first = Learner()
     first.begin(job)
     for i in range(2):
-        first.update_mdloo(i, groups(i), SETTINGS)
+        first.update_policy(i, groups(i), SETTINGS)
     first.wait_for_checkpoints()
     second = Learner()
     assert second.begin(job) == 2
-    assert [second.update_mdloo(i, groups(i), SETTINGS) for i in (2, 3)] == expected[2:]
+    assert [second.update_policy(i, groups(i), SETTINGS).metrics for i in (2, 3)] == expected[2:]
     assert learned(second) == learned(whole)
 
 
-def test_an_iteration_without_rewards_is_an_error(tmp_path: Path, folders: dict[str, str]) -> None:
-    """Guards against silently training on nothing; the parameters stay."""
+def test_an_iteration_without_rewards_updates_nothing(tmp_path: Path, folders: dict[str, str]) -> None:
+    """Guards a run against rewards that all fail: the parameters stay, the iteration counts, the metrics say so."""
     learner = Learner()
     learner.begin(mdloo_job(tmp_path, folders))
-    before = learned(learner)
-    with pytest.raises(ValueError, match="no group has two valid responses"):
-        learner.update_mdloo(0, groups(0, valid=np.zeros((3, 3), bool)), SETTINGS)
-    assert learned(learner) == before == digest(random_params(0))
+    update = learner.update_policy(0, groups(0, valid=np.zeros((3, 3), bool)), SETTINGS, {"issued": [1, 2]})
+    assert update.metrics["sequences"] == update.metrics["inner_steps_done"] == 0
+    assert update.metrics["groups_dropped"] == 3
+    assert all(np.isfinite(value) for value in update.metrics.values())
+    assert not any(group.counted_G.any() for group in update.groups)
+    assert learned(learner) == digest(random_params(0))
+    learner.wait_for_checkpoints()
+    second = Learner()
+    assert second.begin(mdloo_job(tmp_path, folders)) == 1
+    assert second.resumed_from()["consumed"] == {"issued": [1, 2]}
 
 
 def test_what_is_published_and_exported_is_what_was_trained(tmp_path: Path, folders: dict[str, str]) -> None:

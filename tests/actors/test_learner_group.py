@@ -20,7 +20,7 @@ import pytest
 from actors.artifacts import load_artifact, save_artifact
 from actors.group import GroupHandle, GroupRestartedError, GroupSpec, start_group
 from actors.host import call
-from actors.jobs import LearnerSetup, MdlooSettings, TrainingJob
+from actors.jobs import LearnerSetup, OnlineSettings, TrainingJob
 from actors.learner import Learner
 from afm_rl.config import ModelConfig
 from afm_rl.packing import Batch, Example, PackedRows, pack
@@ -130,12 +130,12 @@ def test_two_processes_train_what_one_device_does(group: GroupHandle, start: str
 
 def test_an_mdloo_update_over_processes(group: GroupHandle, start: str, tmp_path: Path) -> None:
     """Guards the three log-probabilities and the ratio's metrics, which are gathered from every process."""
-    settings = MdlooSettings(beta=0.1, inner_steps=2, temperature=0.9, microbatch=4)
+    settings = OnlineSettings(beta=0.1, gamma=0.5, inner_steps=2, temperature=0.9, microbatch=4)
     alone = Learner()
-    alone.begin(job(tmp_path / "one", start, "mdloo", gamma=0.5, temperature=0.9))
-    expected = alone.update_mdloo(0, scored_groups(), settings)
-    call(group, "begin", job(tmp_path / "two", start, "mdloo", gamma=0.5, temperature=0.9))
-    found = call(group, "update_mdloo", 0, scored_groups(), settings)
+    alone.begin(job(tmp_path / "one", start, "online"))
+    expected = alone.update_policy(0, scored_groups(), settings).metrics
+    call(group, "begin", job(tmp_path / "two", start, "online"))
+    found = call(group, "update_policy", 0, scored_groups(), settings).metrics
     assert set(found) == set(expected)
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name

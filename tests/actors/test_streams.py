@@ -122,9 +122,10 @@ def test_an_inline_actor_that_is_ended_starts_anew() -> None:
     handle = InlineStreamingHandle("counter", Counter, {"start": 5})
     list(items(handle.stream("count", 2)))
     handle.end()
-    assert gather([handle.revive()]) == [None]
+    [life] = gather([handle.revive()])
+    assert gather([handle.submit_in(life, "set", 2)]) == [2]
     assert call(handle, "set", 1) == 1
-    assert handle.stats().calls == 1
+    assert handle.stats().calls == 2
 
 
 @pytest.fixture(scope="module")

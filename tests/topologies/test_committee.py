@@ -9,7 +9,6 @@ from afm_rl.types import Message, Prompt
 from topologies.stages import committee
 from topologies.stages.context import Policy
 from topologies.stages.itec import MemberScore, _next_committee
-from topologies.stages.mdloo import iteration_prompts
 
 
 def prompt(name: str) -> Prompt:
@@ -59,12 +58,3 @@ def test_the_next_committee_is_the_latest_members_and_the_best_earlier_one():
     scores = [score(1, "rs", 0.1), score(1, "dpo", 0.7), score(2, "rs", 0.2), score(2, "dpo", 9.0)]
     assert [p.name for p in _next_committee(2, latest, scores)] == ["itec-2-rs", "itec-2-dpo", "itec-1-dpo"]
     assert [p.name for p in _next_committee(1, latest, scores[2:])] == ["itec-2-rs", "itec-2-dpo"]
-
-
-def test_iteration_prompts_cover_every_prompt_before_any_repeats():
-    """Guards the online loop's data: shuffled epochs, ordered by id within an iteration, the same on every call."""
-    prompts = [prompt(f"{i:02d}") for i in range(12)]
-    drawn = [iteration_prompts(prompts, i, count=4, seed=7) for i in range(3)]
-    assert sorted(p.id for some in drawn for p in some) == [p.id for p in prompts]
-    assert all([p.id for p in some] == sorted(p.id for p in some) for some in drawn)
-    assert drawn[1] == iteration_prompts(prompts, 1, count=4, seed=7)

@@ -1,6 +1,5 @@
 """The whole system on smoke.yaml: every stage, resumed after SIGKILL, on the user's own files, under two launchers."""
 
-import contextlib
 import json
 import os
 import signal
@@ -14,6 +13,7 @@ import pytest
 import yaml
 
 from afm_rl.worlds.python_world import build_world
+from tests.processes import await_process
 from topologies.run_folder import RunFolder
 from topologies.schema import load_topology
 from topologies.watch_data import RunReader
@@ -140,32 +140,6 @@ def await_path(path: Path, process: subprocess.Popen) -> None:
         assert process.poll() is None
         assert time.monotonic() - before < LIMIT_S
         time.sleep(0.02)
-
-
-def await_process(title: str, launch: subprocess.Popen) -> int:
-    """A process of a launch whose title starts so. Ray rewrites titles at every call: a look may miss one."""
-    before = time.monotonic()
-    while not (found := processes(title, root=launch.pid)):
-        assert launch.poll() is None
-        assert time.monotonic() - before < LIMIT_S, f"no {title}; there are {processes('', root=launch.pid)}"
-        time.sleep(0.02)
-    return min(found)
-
-
-def processes(title: str, *, root: int) -> dict[int, str]:
-    """Titles by process, of those whose title starts so, among the descendants of a process."""
-    found, parents = {}, {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal():
-            with contextlib.suppress(OSError):  # it may end while we look
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                if (line := (folder / "cmdline").read_text()).startswith(title):
-                    found[int(folder.name)] = line.replace("\0", " ").strip()
-
-    def descends(pid: int) -> bool:
-        return pid == root or (pid in parents and descends(parents[pid]))
-
-    return {pid: line for pid, line in found.items() if descends(pid)}
 
 
 def test_a_mesh_of_two_processes_runs_a_topology(cache, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from actors.host import InlineHandle, call
 from actors.metrics import Metrics
-from actors.sampler import PolicySpec, Sampler
+from actors.sampler import Acknowledged, PolicySpec, Sampler
 from actors.streams import InlineStreamingHandle
 from actors.weights import WeightsOutOfSyncError, WeightStore
 from afm_rl.types import Answered, GenerationRequest, Group, Weights
@@ -52,10 +52,10 @@ def test_what_was_given_is_known_and_answers_in_order() -> None:
 class Stale(Sampler):
     """Acknowledges new weights and answers with the old ones."""
 
-    def load(self, weights: Weights, spec: PolicySpec) -> str:
+    def load(self, weights: Weights, spec: PolicySpec) -> Acknowledged:
         if weights.version == 0:
             super().load(weights, spec)
-        return weights.digest
+        return Acknowledged(weights.policy, weights.version, weights.digest)
 
     def answer(self, policy: str, requests: Sequence[GenerationRequest]) -> Iterator[Answered]:
         for one in super().answer(policy, requests):

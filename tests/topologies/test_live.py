@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from actors.host import ActorLostError
-from actors.pulse import Pulse
+from actors.signs import Signs
 from tests.topologies.online_run import SMOKE
 from topologies.live import SILENT_AFTER_S, Actors, LiveState
 from topologies.live_file import read_live
@@ -25,7 +25,7 @@ from topologies.run_folder import RunFolder
 from topologies.schema import load_topology
 from topologies.system import System, start
 
-PULSE = Pulse(
+PULSE = Signs(
     name="a", role="Role", life="1", host="h", pid=1, working=1, busy_s=10.0, calls=3, mib=100.0, peak_mib=120.0, engine=None
 )
 

@@ -16,7 +16,7 @@ KIND = "online"
 
 
 def consumed_below(iteration: int, *, count: int) -> dict[str, Any]:
-    """For a checkpoint's metadata: after `iteration` iterations of `count` groups the tickets below this one are consumed."""
+    """For a checkpoint's metadata: after `iteration` iterations of `count` groups, all tickets below this are consumed."""
     return {"tickets_below": iteration * count}
 
 

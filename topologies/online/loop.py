@@ -16,27 +16,30 @@ groups are consumed; later ones that are on disk, made by the very weights that 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
+from actors.failures import DataError, FailureBudget, FailuresExhaustedError
 from actors.host import call
-from actors.jobs import TrainingJob
-from actors.reward import RewardSpec
+from actors.jobs import OnlineSettings, TrainingJob
 from afm_rl.errors import UserError
 from afm_rl.generate import request_seed
 from afm_rl.recipe import OptimizerSpec
-from afm_rl.types import GenerationRequest, PolicyUpdate, Prompt, ScoredGroup
+from afm_rl.types import GenerationRequest, Group, PolicyUpdate, Prompt, ScoredGroup
 from topologies.online.buffer import GroupBuffer
 from topologies.online.ledger import Ledger, consumed_below
 from topologies.online.producer import Producer, Sources, Spent
 from topologies.online.rollouts import Rollout, RolloutFiles
 from topologies.online.tickets import Ticket, tickets_of
-from topologies.stage_options import OnlineTraining
+from topologies.online_options import OnlineTraining
 from topologies.stages.context import Context, Policy
 
 log = logging.getLogger(__name__)
@@ -57,7 +60,7 @@ def train_online(
     """
     job = TrainingJob(
         task=policy.name,
-        objective=options.algorithm,
+        objective="online",
         optimizer=OptimizerSpec(
             "adamw",
             options.learning_rate,
@@ -68,18 +71,25 @@ def train_online(
         checkpoint_folder=str(ctx.checkpoints(policy.name)),
         init=str(start.folder),
         frozen={"reference": str(start.folder)},
-        options=options.objective_options(),
         checkpoint_every=ctx.topology.checkpoints.iterations,
         seed=ctx.seed,
     )
 
     def work() -> None:
         loop = _Loop(ctx, options, stage=stage, start=start, policy=policy)
-        folder = None if reward_model is None else str(reward_model.folder)
-        ctx.rewards.load(RewardSpec(str(ctx.tokenizer_folder), folder, options.reward.spec()))
-        ctx.on_learner(job, loop.run)
-        ctx.export(job, policy)
-        ctx.log_goodput(job, step=options.iterations)
+        spec = options.reward.spec(
+            tokenizer_folder=str(ctx.tokenizer_folder),
+            model_folder=None if reward_model is None else str(reward_model.folder),
+            max_tokens=options.max_tokens,
+        )
+        ctx.rewards.load(spec)
+
+        def from_iteration(first: int) -> None:
+            loop.run(first)
+            ctx.export(job, policy)
+            ctx.log_goodput(job, step=options.iterations)
+
+        ctx.on_learner(job, from_iteration)
 
     ctx.once(f"train/{policy.name}", work)
     ctx.drop_checkpoints(ctx.checkpoints(policy.name))
@@ -104,6 +114,7 @@ class _Loop:
         self._seed = request_seed(ctx.seed, policy.name)
         self._files = RolloutFiles(ctx.run.rollouts / policy.name)
         self._ledger = Ledger(ctx.journal, policy.name)
+        self._budget = FailureBudget(f"the rewards of {policy.name}", infrastructure=0, data=options.data_failures)
 
     def run(self, first: int) -> None:
         """Iterations from `first`, where the learner's newest checkpoint is, to the last."""
@@ -143,11 +154,14 @@ class _Loop:
         waited_s = time.perf_counter()
         update = self._update(iteration, batch)
         buffer.commit(iteration)
+        self._charge(iteration, update, batch)
         clock = _Clock(published_s - began_s, waited_s - published_s, time.perf_counter() - waited_s)
         use = self._ctx.samplers.log(self._ctx.metrics, engines, task=self._policy.name, step=iteration)
         values = {f"sampler_{name}": value for name, value in use.items()}
-        values |= loop_metrics(clock, producer.spent(iteration)) | reward_metrics([rollout.scored for rollout in batch])
-        values |= {"policy_version": iteration, "queue_depth": buffer.depth, "weights_in_sync": self._ctx.samplers.in_sync()}
+        values |= loop_metrics(clock, producer.spent(iteration), overlapping=self._options.max_staleness > 0)
+        values |= reward_metrics([rollout.scored for rollout in batch])
+        values |= {"policy_version": iteration, "queue_depth": buffer.depth}
+        values |= self._ctx.samplers.sync(self._policy.name).metrics()
         self._ctx.metrics.log(stage=self._stage, task=self._policy.name, step=iteration, values={**update.metrics, **values})
 
     def _publish(self, version: int, producer: Producer) -> None:
@@ -162,25 +176,56 @@ class _Loop:
     def _update(self, iteration: int, batch: Sequence[Rollout]) -> PolicyUpdate:
         consumed = consumed_below(iteration + 1, count=self._options.prompts)
         scored = [rollout.scored for rollout in batch]
-        update = self._ctx.learner("update_policy", iteration, scored, self._options.settings(), consumed)
+        update = self._ctx.learner("update_policy", iteration, scored, online_settings(self._options), consumed)
         self._files.add_update(iteration, update)
         self._ledger.consumed(iteration, [one.group.id for one in scored])
         if (keep := self._options.keep_rollouts) is not None:
             self._files.drop_before(iteration + 1 - max(keep, 2 * self._ctx.topology.checkpoints.iterations + 1))
         return update
 
+    def _charge(self, iteration: int, update: PolicyUpdate, batch: Sequence[Rollout]) -> None:
+        """An iteration without a usable response trains nothing; too many in a row end the job, with their causes."""
+        if update.metrics["sequences"]:
+            self._budget.progressed()
+            return
+        problems = Counter(problem for rollout in batch for problem in rollout.scored.problems if problem)
+        causes = "; ".join(f"{count} x {problem}" for problem, count in problems.most_common(2))
+        error = DataError(f"no group has two responses with a reward{': ' if causes else ''}{causes}")
+        log.warning("%s, iteration %d: %s", self._policy.name, iteration, error)
+        try:
+            self._budget.spend("data", f"iteration {iteration}", error)
+        except FailuresExhaustedError as exhausted:
+            raise UserError(f"{exhausted}; mend the reward and continue with --resume") from exhausted
+
     def _sources(self) -> Sources:
         ctx = self._ctx
         return Sources(
             tickets=self._tickets,
-            request=self._request,
-            answers=lambda requests: ctx.samplers.answers(self._policy.name, requests),
+            sample=self._sample,
             score=ctx.rewards.score,
             text=lambda tokens: ctx.tokenizer.decode(tokens.tolist()),
         )
 
     def _tickets(self, iteration: int) -> list[Ticket]:
         return tickets_of(iteration, self._prompts, count=self._options.prompts, seed=self._seed)
+
+    def _sample(self, tickets: Sequence[Ticket]) -> Generator[Group | ScoredGroup, None, None]:
+        """Responses to tickets, or episodes of the environment, which pays for them."""
+        ctx, options, name = self._ctx, self._options, self._policy.name
+        if options.environment is None:
+            yield from ctx.samplers.answers(name, [self._request(ticket) for ticket in tickets])
+            return
+        yield from options.environment.episodes(
+            partial(ctx.samplers.answer, name),
+            [dataclasses.replace(ticket.prompt, id=ticket.id) for ticket in tickets],
+            host=options.environment.host(),
+            tokenizer=ctx.tokenizer,
+            responses=options.responses,
+            max_tokens=options.max_tokens,
+            max_context=ctx.context_tokens,
+            temperature=options.temperature,
+            seed=self._seed,
+        )
 
     def _request(self, ticket: Ticket) -> GenerationRequest:
         return GenerationRequest(
@@ -191,6 +236,12 @@ class _Loop:
             temperature=self._options.temperature,
             seed=request_seed(self._ctx.seed, self._policy.name, ticket.id),
         )
+
+
+def online_settings(options: OnlineTraining) -> OnlineSettings:
+    """As the learner takes them."""
+    names = {field.name for field in dataclasses.fields(OnlineSettings)}
+    return OnlineSettings(**{name: value for name, value in options.model_dump().items() if name in names})
 
 
 def fitting_prompts(ctx: Context, options: OnlineTraining) -> list[Prompt]:
@@ -210,16 +261,17 @@ def fitting_prompts(ctx: Context, options: OnlineTraining) -> list[Prompt]:
     return fitting
 
 
-def loop_metrics(clock: _Clock, spent: Spent) -> dict[str, float]:
-    """Where an iteration's time went. The samplers wait for weights and room, and in the synchronous loop for the update."""
+def loop_metrics(clock: _Clock, spent: Spent, *, overlapping: bool) -> dict[str, float]:
+    """Where an iteration's time went. Overlapping samplers wait for weights and room, others for all that is not theirs."""
+    whole_s = clock.publish_s + clock.wait_s + clock.update_s
     return {
         "publish_s": clock.publish_s,
         "learner_wait_s": clock.wait_s,
         "update_s": clock.update_s,
         "generate_s": spent.generate_s,
         "reward_s": spent.reward_s,
-        "sampler_wait_s": spent.wait_s,
-        "iteration_s": clock.publish_s + clock.wait_s + clock.update_s,
+        "sampler_wait_s": spent.wait_s if overlapping else max(0.0, whole_s - spent.generate_s),
+        "iteration_s": whole_s,
         "tokens_per_s": spent.tokens / max(spent.generate_s, 1e-9),
         "groups_replayed": spent.replayed,
         "groups_discarded": spent.discarded,

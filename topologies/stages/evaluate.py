@@ -16,7 +16,9 @@ SAMPLES_PER_KIND = 3
 
 def policies(ctx: Context) -> list[Policy]:
     """The policies worth comparing, in the order they were made."""
-    found = [ctx.policy("sft")]
+    found = [ctx.policy("sft")] if ctx.has("sft") else [ctx.base]
+    if ctx.has("rl"):
+        found.append(ctx.policy("rl"))
     if ctx.has("itec"):
         found += [p for p in final_committee(ctx)[0] if p.name != "sft"]
     if ctx.has("distill_committee"):

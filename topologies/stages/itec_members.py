@@ -1,6 +1,6 @@
 """How each member of the committee is trained in a round: SFT, rejection sampling, DPO, IPO, each with its own objective.
 
-MDLOO, the online one, has a file of its own (`mdloo.py`); everything here learns from what the round has collected.
+MDLOO, the online one, is `topologies/online/`; everything here learns from what the round has collected.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from actors.jobs import TrainingJob
 from afm_rl.packing import Batch
 from afm_rl.recipe import OptimizerSpec
 from afm_rl.types import Demonstration, Preference
+from topologies.online.loop import train_online
 from topologies.stage_options import ItecStage, PreferenceTraining
 from topologies.stages.context import Context, Policy
 from topologies.stages.examples import pair_batches, preference_rows
-from topologies.stages.mdloo import train_mdloo
 from topologies.stages.sft import fine_tune
 
 #: Rows per call when the reference's log-probabilities are computed: one compiled shape.
@@ -46,7 +46,7 @@ def train_member(ctx: Context, options: ItecStage, this: Round, member: str, *, 
     elif member == "rs":
         fine_tune(ctx, options.rs, this.best, stage="itec", start=start, policy=policy)
     elif member == "mdloo":
-        train_mdloo(ctx, options.mdloo, stage="itec", start=start, reward_model=this.reward_model, policy=policy)
+        train_online(ctx, options.mdloo, stage="itec", start=start, reward_model=this.reward_model, policy=policy)
     else:
         objective = options.dpo if member == "dpo" else options.ipo
         _train_on_preferences(ctx, objective, member, this.preferences, start=start, policy=policy)

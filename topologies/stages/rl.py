@@ -31,11 +31,13 @@ def run(ctx: Context, options: RlStage) -> StageResult:
         title=f"Online RL: {options.algorithm}",
         paper="4.3.3, E.2",
         figures=[
-            Figure(label="greedy accuracy", value=percent(after.greedy), unit="%", note=f"before: {percent(before.greedy)} %"),
-            Figure(
-                label="sampled accuracy", value=percent(after.sampled), unit="%", note=f"before: {percent(before.sampled)} %"
-            ),
+            _accuracy("greedy accuracy", before.greedy, after.greedy),
+            _accuracy("sampled accuracy", before.sampled, after.sampled),
         ],
         tables=[accuracy_by_kind([before, after])],
         curves=online_curves(options.algorithm, [policy.name]),
     )
+
+
+def _accuracy(label: str, before: float | None, after: float | None) -> Figure:
+    return Figure(label=label, value=percent(after), unit="%", note=f"held-out prompts; {percent(before)} % before")

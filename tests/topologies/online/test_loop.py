@@ -1,0 +1,118 @@
+"""The online loop in one process, on a small random model: overlap, environments, rewards that fail, prompts too long."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from afm_rl.config import ModelConfig
+from afm_rl.errors import UserError
+from afm_rl.huggingface import save_pretrained
+from afm_rl.parameters import init_params
+from afm_rl.tokenizer import Tokenizer
+from topologies.journal import read_journal
+from topologies.launch import launch
+from topologies.online.ledger import consumed
+from topologies.online.rollouts import RolloutFiles
+from topologies.run_folder import RunFolder
+from topologies.schema import parse_topology
+
+pytestmark = pytest.mark.slow
+
+REWARDS = "tests.topologies.online.rewards"
+TOPOLOGY = """
+name: {name}
+launcher: inline
+run_root: {root}
+model: {{huggingface: {folder}}}
+checkpoints: {{iterations: 2}}
+data:
+  world: python
+  sizes: {{code_bytes: 0, web_bytes: 0, math_documents: 0, long_context_documents: 0, demonstrations: 0, prompts: 30,
+    eval_prompts: 2, preferences: 0, feature_demonstrations: 0, feature_eval_prompts: 0}}
+actors: {{sampler: {{max_batch: 8}}, committee: {{max_batch: 8}}}}
+stages:
+  - rl: {options}
+"""
+STAGE = {"prompts": 2, "responses": 2, "max_tokens": 6, "learning_rate": 1e-3, "warmup_steps": 1}
+
+Run = Callable[..., RunFolder]
+
+
+@pytest.fixture(scope="module")
+def run(foreign_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Launches the topology with options of the stage, under a name."""
+    root = tmp_path_factory.mktemp("runs")
+    config, folder = ModelConfig(832, 32, 64, 2, 2, 1, 16, max_positions=512), root / "model"
+    tokenizer = Tokenizer.load(foreign_tokenizer)
+    save_pretrained(init_params(config, jax.random.key(0)), folder, config=config, tokenizer=tokenizer)
+
+    def start(name: str, options: str) -> RunFolder:
+        stage = json.dumps(STAGE | yaml.safe_load(f"{{{options}}}"))
+        text = TOPOLOGY.format(name=name, root=root, folder=folder, options=stage)
+        return launch(parse_topology(text))
+
+    return start
+
+
+def rows(run: RunFolder) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.metrics / "rl.jsonl").read_text().splitlines()]
+
+
+def test_an_overlapping_loop_stays_within_its_staleness(run: Run) -> None:
+    """Guards max_staleness through the whole system: every ticket once, by token versions no older than allowed."""
+    done = run("overlap", f"iterations: 6, max_staleness: 2, reward: {{function: {REWARDS}:short_words}}")
+    found = consumed(read_journal(done.journal_file), "rl")
+    ids = [name for iteration in sorted(found) for name in found[iteration]]
+    assert [int(name.rpartition("@")[2]) for name in ids] == list(range(12))
+    files = RolloutFiles(done.rollouts / "rl")
+    for iteration in range(6):
+        versions = {version for one in files.read(iteration).rollouts.values() for version in one.digests}
+        assert all(max(0, iteration - 2) <= version <= iteration for version in versions)
+    measured = rows(done)
+    assert max(row["staleness_max"] for row in measured) in (1, 2)
+    assert all(row["valid_fraction"] == 1 and row["groups_discarded"] == 0 for row in measured)
+
+
+def test_an_environment_plays_in_the_loop(run: Run) -> None:
+    """Guards episodes of several turns: they are paid for, and what the environment wrote is not trained on."""
+    options = "iterations: 2, max_tokens: 60, environment: {kind: calculator, max_turns: 2, turn_tokens: 8}"
+    done = run("episodes", f"{options}, reward: {{environment: 1.0, function: {REWARDS}:short_words}}")
+    for iteration in range(2):
+        seen = RolloutFiles(done.rollouts / "rl").read(iteration)
+        for one in seen.rollouts.values():
+            assert set(one.scored.components) == {"environment", "short_words"}
+            for actions, logps in zip(one.scored.group.actions, one.scored.group.logps, strict=True):
+                assert np.all(logps[~actions] == 0)
+        assert all(group.counted_G.all() for group in seen.trained.values())
+
+
+def test_a_reward_that_always_fails_ends_the_job_with_its_cause(run: Run) -> None:
+    """Guards the budget of data failures: iterations without a reward are counted, and not trained on without end."""
+    options = f"iterations: 9, data_failures: 2, reward: {{function: {REWARDS}:broken}}"
+    with pytest.raises(UserError, match=r"3 data failures without progress, 2 allowed.*no such column"):
+        run("broken", options)
+
+
+def test_a_reward_that_fails_now_and_then_costs_its_responses(run: Run) -> None:
+    """Guards the loop: a response without a reward is left out, the others of its prompt count."""
+    done = run("sometimes", f"iterations: 3, responses: 4, reward: {{function: {REWARDS}:sometimes}}")
+    measured = rows(done)
+    assert len(measured) == 3
+    assert 0 < np.mean([row["valid_fraction"] for row in measured]) < 1
+
+
+def test_prompts_too_long_are_an_error_or_dropped(run: Run) -> None:
+    """Guards the context: which prompts do not fit is said before anything is sampled."""
+    options = f"iterations: 1, max_tokens: 440, reward: {{function: {REWARDS}:short_words}}"
+    with pytest.raises(UserError, match=r"prompts are longer than 72 tokens.*long_prompts: drop"):
+        run("long", options)
+    done = run("dropped", f"{options}, long_prompts: drop")
+    assert all(len(one.scored.group.prompt_T) <= 72 for one in RolloutFiles(done.rollouts / "rl").read(0).rollouts.values())

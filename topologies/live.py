@@ -52,6 +52,11 @@ class _Known:
     asked_s: float = 0.0
     pending: Pending | None = None
 
+    def lost(self, error: Exception) -> None:
+        """What came of asking it was not an answer."""
+        self.state, self.cause = _loss(error), " ".join(f"{type(error).__name__}: {error}".split())
+        self.busy.clear()
+
 
 class Actors:
     """The actors of `handles()`, asked without waiting. `look` is for one thread."""
@@ -64,7 +69,8 @@ class Actors:
     def look(self) -> list[dict[str, Any]]:
         """Read the answers that are there, ask those again that owe none, and describe every actor, in order.
 
-        States: starting, working, idle, silent (`silent_s`), restarting, dead (`cause`), away (its place is lent out).
+        States: starting, working, idle, silent (`silent_s`), restarting, dead (`cause`), away (its place is lent out),
+        unknown (`cause`: what went wrong when it was asked).
         """
         rows = []
         for handle in self._handles():
@@ -77,7 +83,11 @@ class Actors:
         return rows
 
     def _ask(self, handle: Handle) -> list[str]:
-        calls = handle.pulses()
+        try:
+            calls = handle.pulses()
+        except Exception as error:  # shown, and asked again at the next look
+            self._known.setdefault(handle.name, _Known()).lost(error)
+            return self._of.get(handle.name, [handle.name])
         for name, call in calls.items():
             known = self._known.setdefault(name, _Known())
             known.pending, known.asked_s = call, self._clock()
@@ -92,9 +102,8 @@ class Actors:
         pending, known.pending = known.pending, None
         try:
             self._heard(known, pending.result(0.0))
-        except InfrastructureError as error:
-            known.state, known.cause = _loss(error), str(error)
-            known.busy.clear()
+        except Exception as error:
+            known.lost(error)
 
     def _heard(self, known: _Known, pulse: Signs | None) -> None:
         known.cause = ""
@@ -111,8 +120,8 @@ class Actors:
         known = self._known[name]
         owed_s = self._clock() - known.asked_s if known.pending is not None else 0.0
         silent = owed_s >= SILENT_AFTER_S and known.pulse is not None
-        row: dict[str, Any] = {"name": name, "state": "silent" if silent else known.state, "restarts": len(known.lives) - 1}
-        row["restarts"] = max(0, row["restarts"])
+        restarts = max(0, len(known.lives) - 1)
+        row: dict[str, Any] = {"name": name, "state": "silent" if silent else known.state, "restarts": restarts}
         if silent:
             row["silent_s"] = round(owed_s, 1)
         if known.cause:
@@ -129,11 +138,13 @@ def _share(busy: Sequence[tuple[float, float]]) -> float | None:
     return round(min(1.0, max(0.0, (busy[-1][1] - busy[0][1]) / (busy[-1][0] - busy[0][0]))), 3)
 
 
-def _loss(error: InfrastructureError) -> str:
-    """Whether Ray brings the actor back."""
+def _loss(error: Exception) -> str:
+    """The state of an actor that could not be asked."""
     from ray.exceptions import ActorUnavailableError
 
-    return "restarting" if isinstance(error.__cause__, ActorUnavailableError) else "dead"
+    if isinstance(error.__cause__, ActorUnavailableError):
+        return "restarting"
+    return "dead" if isinstance(error, InfrastructureError) else "unknown"
 
 
 class LiveState:
@@ -198,7 +209,7 @@ class LiveState:
         bars = [{"name": bar.name, "done": bar.done, "total": bar.total} for bar in self._progress.bars]
         content = {**self._start, "written": time.time(), "state": state, "stage": self._stage, "bars": bars}
         content |= {"actors": self._rows, "messages": list(self._messages.kept)}
-        temporary = self._path.with_name(f"{FILE}.tmp-{threading.get_ident()}")
+        temporary = self._path.with_name(f"{FILE}.tmp")
         temporary.write_text(json.dumps(content), encoding="utf-8")
         os.replace(temporary, self._path)
 

@@ -1,4 +1,4 @@
-// The report's page: colour scheme, the values under the pointer, the filter of the samples. Texts go in by textContent only.
+// The report's page: colour scheme, the values under the pointer, the filters of samples and rollouts. Texts go in by textContent only.
 (() => {
   const root = document.documentElement, tip = document.getElementById("tip");
   const make = (name, attributes) => {
@@ -52,8 +52,36 @@
       tip.style.top = Math.max(4, event.clientY - tip.offsetHeight - 10) + "px";
     });
   }
+  for (const browser of document.querySelectorAll(".browser")) {
+    const [iteration, prompt, count] = [".iteration", ".prompt", ".shown"].map(name => browser.querySelector(name));
+    const groups = [...browser.querySelectorAll(".rollout")];
+    const choose = (at, asked) => {
+      iteration.value = at;
+      prompt.value = asked;
+      for (const group of groups) {
+        const {iteration: its, prompt: own} = group.dataset;
+        group.hidden = Boolean((at && its !== at) || (asked && own !== asked));
+      }
+      count.textContent = groups.filter(group => !group.hidden).length + " of " + groups.length + " groups";
+    };
+    iteration.onchange = prompt.onchange = () => choose(iteration.value, prompt.value);
+    for (const button of browser.querySelectorAll(".step")) button.onclick = () => {
+      const next = iteration.options[iteration.selectedIndex + Number(button.value)];
+      if (next) choose(next.value, prompt.value);
+    };
+    for (const group of groups) group.querySelector(".follow").onclick = () => {
+      choose("", group.dataset.prompt);
+      browser.querySelector(".controls").scrollIntoView();
+    };
+    const single = group => choose(group.dataset.iteration, group.dataset.prompt);
+    for (const link of browser.querySelectorAll(".matrix a")) {
+      link.onclick = () => single(document.getElementById(link.hash.slice(1)));
+    }
+    const linked = groups.find(group => "#" + group.id === location.hash);
+    if (linked) { single(linked); linked.scrollIntoView(); } else choose(browser.dataset.start, "");
+  }
   const [split, kind, shown] = ["split", "kind", "shown"].map(id => document.getElementById(id));
-  const cards = [...document.querySelectorAll(".sample")];
+  const cards = [...document.querySelectorAll("#samples .sample")];
   const filter = () => {
     for (const card of cards) {
       const {split: differs, kind: its} = card.dataset;

@@ -81,13 +81,14 @@ def run_strip(report: Report) -> str:
     return f'<nav class="strip" aria-label="stages by time">{"".join(segments)}</nav><ul class="keys">{keys}</ul>'
 
 
-def contents(report: Report) -> str:
-    """The list of sections beside the page."""
+def contents(report: Report, *, rollouts: bool = False) -> str:
+    """The list of sections beside the page. `rollouts`: there are some."""
     items = ['<a href="#topology">Topology</a>'] if report.topology.get("actors") or report.actors else []
     items += [
         f'<a href="#stage-{index}" class="phase-{phase_of(stage.name)}">{escape(stage.title or stage.name)}</a>'
         for index, stage in enumerate(report.stages, start=1)
     ]
+    items += ['<a href="#rollouts">Rollouts</a>'] if rollouts else []
     items += ['<a href="#samples">Answers side by side</a>'] if report.samples else []
     items += ['<a href="#timings">Timings</a>', '<a href="#environment">Environment</a>']
     return f'<nav class="contents" aria-label="contents">{"".join(items)}</nav>'

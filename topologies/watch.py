@@ -72,7 +72,7 @@ def _launch(live: Any) -> dict[str, Any]:
 def _follow(reader: RunReader, view: View, console: Console) -> View:
     with _keys() as pressed, Live(console=console, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
         while True:
-            live.update(frame(view, console=console), refresh=True)
+            live.update(frame(view, console=console, height=console.height), refresh=True)
             until = time.monotonic() + EVERY_S
             while time.monotonic() < until:
                 if pressed(KEY_S) in ("q", "Q"):
@@ -86,7 +86,7 @@ def _follow(reader: RunReader, view: View, console: Console) -> View:
 def _keys() -> Iterator[Callable[[float], str]]:
     """A function that waits so many seconds for a key, and says which; "" for none. Keys are not shown meanwhile."""
     if not sys.stdin.isatty():
-        yield lambda wait_s: (time.sleep(wait_s), "")[1]
+        yield _no_key
         return
     before = termios.tcgetattr(sys.stdin)
     tty.setcbreak(sys.stdin)
@@ -98,3 +98,8 @@ def _keys() -> Iterator[Callable[[float], str]]:
 
 def _key(wait_s: float) -> str:
     return sys.stdin.read(1) if select.select([sys.stdin], [], [], wait_s)[0] else ""
+
+
+def _no_key(wait_s: float) -> str:
+    time.sleep(wait_s)
+    return ""

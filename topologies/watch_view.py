@@ -38,23 +38,31 @@ _STATES = {
     "lost": ("no sign of life", "red"),
     "unknown": ("not launched", "yellow"),
 }
-_ACTOR_COLOURS = {"working": "green", "silent": "red", "restarting": "yellow", "dead": "red", "starting": "yellow"}
+_TROUBLE = {"silent": "red", "dead": "red", "restarting": "yellow", "unknown": "yellow"}
+_ACTOR_COLOURS = {"working": "green", "starting": "yellow", **_TROUBLE}
 _BLOCKS, _ASCII_BLOCKS = "▁▂▃▄▅▆▇█", ".:-=+*#@"
 
 
-def frame(view: View, *, console: Console) -> RenderableType:
-    """One look as something to print on `console`, whose width decides how much of it is shown."""
+def frame(view: View, *, console: Console, height: int | None = None) -> RenderableType:
+    """One look as something to print on `console`, whose width decides how much of it is shown; of `height` lines if that
+    can be had by naming fewer actors."""
     width, ascii_only = console.width, console.options.ascii_only
+    above: list[RenderableType] = [*_head(view), _stages(view, width), *_bars(view)]
     online = [job for job in view.jobs if job.online]
-    others = [job for job in view.jobs if not job.online and job.rows][: 1 if online else JOBS]
-    parts: list[RenderableType] = [*_head(view), _stages(view, width)]
-    parts += [part for job in online[:JOBS] for part in _online(job, view, width=width, ascii_only=ascii_only)]
-    parts += [part for job in others for part in _other(job, view, width=width, ascii_only=ascii_only)]
-    if actors := view.live.get("actors"):
-        parts += [_rule("actors" if view.state == "running" else "actors, when last heard of"), _actors(actors, view, width)]
+    for i, job in enumerate(online[:JOBS]):
+        above += (_online if i == 0 else _other)(job, view, width=width, ascii_only=ascii_only)
+    for job in [job for job in view.jobs if not job.online][: 1 if online else JOBS]:
+        above += _other(job, view, width=width, ascii_only=ascii_only)
+    below: list[RenderableType] = []
     if messages := view.live.get("messages"):
-        parts += [_rule("last warnings and errors"), *map(_message, messages[-MESSAGES:])]
-    return Group(*parts)
+        below = [_rule("last warnings and errors"), *map(_message, messages[-MESSAGES:])]
+    actors = view.live.get("actors")
+    if not actors:
+        return Group(*above, *below)
+    title = _rule("actors" if view.state == "running" else "actors, when last heard of")
+    taken = len(console.render_lines(Group(*above, title, *below))) + 2  # the table's head, and the line about the others
+    rows = ACTORS if height is None else min(ACTORS, max(3, height - taken))
+    return Group(*above, title, _actors(actors, view, width, rows=rows), *below)
 
 
 def sparkline(values: Sequence[float | None], width: int, *, ascii_only: bool = False) -> str:
@@ -122,6 +130,14 @@ def _lines(items: Sequence[Text], width: int) -> Text:
     return Text("\n").join(Text("  ").join(line) for line in lines)
 
 
+def _bars(view: View) -> Iterable[RenderableType]:
+    """What is under way and logs no metrics of its own."""
+    jobs = {job.task for job in view.jobs}
+    for bar in view.live.get("bars", ()) if view.state == "running" else ():
+        if bar.get("name") not in jobs:
+            yield Text(f"{plain(bar.get('name'))}: {bar.get('done', 0):,} of {bar.get('total', 0):,}")
+
+
 def _online(job: Job, view: View, *, width: int, ascii_only: bool) -> Iterable[RenderableType]:
     """Title with how far it is, the figures in pairs with their sparklines, what waits where, and where the time goes."""
     row: Row = job.rows[-1] if job.rows else {}
@@ -185,10 +201,10 @@ def _pace(rows: Sequence[Row]) -> float | None:
 
 
 def _other(job: Job, view: View, *, width: int, ascii_only: bool) -> Iterable[RenderableType]:
-    """One line for a job that trains on given data: its loss, or its first number."""
-    row = job.rows[-1]
+    """One line: the reward of an online job, else its loss, or its first number."""
+    row = job.rows[-1] if job.rows else {}
     names = [name for name in row if name not in ("stage", "task", "step", "time")]
-    key = "loss" if "loss" in row else next(iter(names), None)
+    key = next((name for name in ("reward", "loss", *names) if name in row), None)
     if key is not None:
         yield _rule(_title(job, view))
         line = Text(f"{plain(key)} ", style="dim").append(_value(row.get(key)), style="default").append(" ")
@@ -205,21 +221,23 @@ def _value(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else number(value)
 
 
-def _actors(rows: Sequence[Mapping[str, Any]], view: View, width: int) -> RenderableType:
+def _actors(actors: Sequence[Mapping[str, Any]], view: View, width: int, *, rows: int) -> RenderableType:
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="dim")
     names = ["actor", "state", "busy", "version", "memory", "restarts"]
     names += ["running", "tokens/s", "peak", "calls", "where"] if width >= WIDE else []
     for name in names:
-        flush = "left" if name in ("actor", "state", "where") else "right"
-        table.add_column(name, justify=flush, no_wrap=name != "state", overflow="ellipsis")
-    troubled = [row for row in rows if row.get("state") in ("silent", "dead", "restarting")]
-    shown = list(rows)[:ACTORS] if len(rows) <= ACTORS else [*troubled, *(r for r in rows if r not in troubled)][:ACTORS]
-    for row in shown:
+        left = name in ("actor", "state", "where")
+        table.add_column(name, justify="left" if left else "right", no_wrap=name != "state", overflow="ellipsis")
+    shown = list(actors)
+    if len(shown) > rows:  # then those in trouble come first
+        shown.sort(key=lambda row: row.get("state") not in _TROUBLE)
+    for row in shown[:rows]:
         table.add_row(*_actor(row, view, wide=width >= WIDE))
-    if len(shown) == len(rows):
+    others = [plain(row.get("state")) for row in shown[rows:]]
+    if not others:
         return table
-    left = [row.get("state") for row in rows if row not in shown]
-    return Group(table, Text(f"and {len(left)} more: " + ", ".join(f"{left.count(s)} {s}" for s in dict.fromkeys(left))))
+    counted = ", ".join(f"{others.count(state)} {state}" for state in dict.fromkeys(others))
+    return Group(table, Text(f"and {len(others)} more: {counted}", style="dim"))
 
 
 def _actor(row: Mapping[str, Any], view: View, *, wide: bool) -> list[RenderableType]:

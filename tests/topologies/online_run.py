@@ -114,8 +114,10 @@ def _trained(rollout: Rollout, rng: Any) -> TrainedGroup:
     return TrainedGroup(scored.group.id, advantage, counted, logp, logp - drift, mismatch)
 
 
-def live_json(*, age_s: float = 0.4, state: str = "running", **changes: Any) -> dict[str, Any]:
-    """What a launch on two samplers, one of them restarted and one silent reward actor, would have written."""
+def live_json(*, age_s: float = -60, state: str = "running", **changes: Any) -> dict[str, Any]:
+    """What a launch on two samplers, one of them restarted and one silent reward actor, would have written.
+
+    By default a minute ahead, so that no machine is slow enough to take it for one that has vanished."""
     now = time.time()
 
     def actor(name: str, role: str, state: str, **more: Any) -> dict[str, Any]:
@@ -125,8 +127,9 @@ def live_json(*, age_s: float = 0.4, state: str = "running", **changes: Any) -> 
 
     engine = {"version": 39, "running": 24, "waiting": 8, "tokens": 61000}
     return {
-        "name": "smoke", "pid": 999999, "host": "node-1", "started": now - 754, "written": now - age_s, "state": state,
-        "launcher": "local", "dashboard": "http://127.0.0.1:8265", "stage": {"name": STAGE, "since": now - 125},
+        "name": "smoke", "pid": 999999, "host": "node-1", "state": state,
+        "started": now - age_s - 754, "written": now - age_s, "launcher": "local",
+        "dashboard": "http://127.0.0.1:8265", "stage": {"name": STAGE, "since": now - 125},
         "bars": [{"name": TASK, "done": 39, "total": 200}],
         "actors": [
             actor("learner", "Learner", "working", busy_share=0.71, mib=942.0, peak_mib=1810.0),

@@ -14,7 +14,9 @@ import yaml
 
 from afm_rl.worlds.python_world import build_world
 from tests.processes import await_process
+from topologies.run_folder import RunFolder
 from topologies.schema import load_topology
+from topologies.watch_data import RunReader
 
 pytestmark = pytest.mark.slow
 
@@ -64,6 +66,15 @@ def test_every_stage_leaves_a_figure_and_a_page(uninterrupted):
     assert all(figures for figures, _ in stages.values())
     page = (uninterrupted / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org/", "").replace("http://127.0.0.1", "")
+
+
+def test_watch_shows_a_launch_that_has_ended(uninterrupted):
+    """Guards the hook of a launch: every stage is done, every actor was heard of, and the run is finished, not lost."""
+    view = RunReader(RunFolder(uninterrupted)).look()
+    assert (view.state, view.live["state"]) == ("finished", "ended")
+    assert {stage.state for stage in view.stages} == {"done"}
+    assert {row["state"] for row in view.live["actors"]} <= {"idle", "working"}
+    assert any(job.online for job in view.jobs)
 
 
 def test_killed_three_times_it_ends_with_the_same_numbers(uninterrupted, cache, tmp_path):

@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from topologies import journal as journal_module
-from topologies.journal import Journal, JournalError, JournalLockedError, read_journal
+from topologies.journal import Journal, JournalError, JournalLockedError, JournalTail, read_journal
 
 
 def write(path, *records):
@@ -200,3 +200,26 @@ def test_a_record_is_on_disk_when_append_returns(tmp_path, monkeypatch):
             journal.append(record)
             sizes.append(path.stat().st_size)
     assert synced == sizes
+
+
+def test_a_tail_gives_each_record_once_and_waits_for_whole_ones(tmp_path):
+    """Guards whoever watches: nothing twice, nothing half, and damage is an error as in a reader of the whole."""
+    path = tmp_path / "journal"
+    tail = JournalTail(path)
+    assert tail.new() == []
+    with Journal(path) as journal:
+        journal.append({"n": 1})
+        assert tail.new() == [{"n": 1}]
+        journal.append({"n": 2})
+        journal.append({"n": 3})
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    assert tail.new() == [{"n": 2}]
+    path.write_bytes(whole)
+    assert tail.new() == [{"n": 3}]
+    assert tail.new() == []
+    damaged = bytearray(whole)
+    damaged[12] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(JournalError, match="damaged at offset 8"):
+        JournalTail(path).new()

@@ -95,8 +95,26 @@ def test_busy_is_a_share_of_the_time_between_looks() -> None:
 def test_a_lost_actor_is_dead_with_its_cause_and_a_suspended_one_away() -> None:
     """Guards against an alarm for a learner that has lent its place, and against silence about a death."""
     dead, away = rows(Actor([PULSE, ActorLostError("a.pulse: out of memory")]), 2)[1], rows(Actor([]), 1)[0]
-    assert (dead["state"], dead["cause"]) == ("dead", "a.pulse: out of memory")
+    assert (dead["state"], dead["cause"]) == ("dead", "ActorLostError: a.pulse: out of memory")
     assert away["state"] == "away"
+
+
+def test_one_that_cannot_be_asked_does_not_hide_the_others() -> None:
+    """Guards the list: whatever asking one actor ends in, the next one is asked, and this one again."""
+
+    class Broken(Actor):
+        def pulses(self) -> dict[str, Any]:
+            self.outcomes.pop()
+            raise KeyError("no such thing")
+
+    broken = Broken([PULSE, PULSE], name="b")
+    other = Actor([PULSE, PULSE])
+    actors = Actors(lambda: [broken, other], Clock())
+    for _ in range(2):
+        first, second = actors.look()
+        assert (first["state"], second["state"]) == ("unknown", "working")
+        assert "no such thing" in first["cause"]
+    assert not broken.outcomes
 
 
 def system_and_run(tmp_path: Path, launcher: str) -> tuple[Any, RunFolder]:
@@ -156,11 +174,11 @@ def test_a_file_that_cannot_be_written_is_said_once_and_harms_nothing(
 ) -> None:
     """Guards the run from its own description."""
     monkeypatch.setattr("topologies.live.EVERY_S", 0.01)
-    (run := RunFolder(tmp_path / "gone")).path.mkdir()
+    run = RunFolder(tmp_path)
+    (run.path / "live.json").mkdir()  # in its place, so that no file can go there
     system = System(*[[]] * 7, dashboard=None, launcher="inline")  # type: ignore[misc]
     monkeypatch.setattr(System, "handles", property(lambda _: []))
     with LiveState(run, system, ProgressView()):
-        run.path.chmod(0o500) if os.getuid() else (run.path / "live.json").mkdir()
         time.sleep(0.2)
     assert caplog.text.count("is not kept up to date") == 1
 

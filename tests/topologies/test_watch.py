@@ -64,6 +64,33 @@ def test_a_frame_fits_its_width_and_says_everything(run: RunFolder, width: int) 
         assert said in text, said
 
 
+def test_a_low_terminal_names_fewer_actors_and_those_in_trouble_first(run: RunFolder) -> None:
+    """Guards 24 lines: messages are not pushed out, and a hundred samplers do not hide the one that is silent."""
+    live = live_json()
+    live["actors"] = [{"name": f"sampler-{i}", "state": "idle", "restarts": 0} for i in range(100)] + live["actors"]
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(frame(look(run, live), console=console, height=24))
+    lines = console.export_text().splitlines()
+    assert len(lines) <= 24
+    assert lines[-1].endswith("is given up")
+    named = [line.split()[0] for line in lines if line.startswith(("sampler-", "reward-"))]
+    assert named[:2] == ["sampler-1", "reward-0"]
+    assert f"and {107 - len(named)} more: " in "\n".join(lines)
+
+
+def test_older_online_jobs_are_a_line_and_work_without_metrics_too(tmp_path: Path) -> None:
+    """Guards the view's height in a run of several rounds, and the progress of what logs nothing."""
+    run = RunFolder(write_online_run(tmp_path, iterations=3))
+    newer = {**job(RunReader(run).look()).rows[-1], "task": "itec-2-mdloo", "time": time.time() + 1}
+    with (run.metrics / f"{STAGE}.jsonl").open("a") as file:
+        file.write(json.dumps(newer) + "\n")
+    bars = [{"name": "annotate", "done": 3, "total": 9}]
+    text = drawn(look(run, live_json(bars=bars)), 100)
+    assert text.count("KL to reference") == 1
+    assert text.index("itec-2-mdloo (itec): iteration 1") < text.index(f"{TASK} (itec): iteration 1")
+    assert "annotate: 3 of 9" in text
+
+
 def test_names_and_messages_are_text_only(run: RunFolder) -> None:
     """Guards the terminal: nothing in a run is taken for markup, and no control code of it gets through."""
     live = live_json()
@@ -86,17 +113,17 @@ def test_a_terminal_without_unicode_gets_other_sparks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("live", "state", "said"),
+    ("changes", "state", "said"),
     [
         (None, "unknown", "no launch has said anything here yet"),
-        (live_json(age_s=40), "lost", "no sign of life for 4"),
-        (live_json(state="failed"), "failed", "reward-0"),
-        (live_json(state="ended"), "ended", "stopped before its end"),
+        ({"age_s": 3610}, "lost", "no sign of life for 1 h 00 min"),
+        ({"state": "failed"}, "failed", "reward-0"),
+        ({"state": "ended"}, "ended", "stopped before its end"),
     ],
 )
-def test_how_the_launch_is(run: RunFolder, live: dict[str, Any] | None, state: str, said: str) -> None:
+def test_how_the_launch_is(run: RunFolder, changes: dict[str, Any] | None, state: str, said: str) -> None:
     """Guards the difference between a run that goes on, one that went wrong, and one whose process has vanished."""
-    view = look(run, live)
+    view = look(run, None if changes is None else live_json(**changes))
     assert view.state == state
     assert said in drawn(view, 100)
 
@@ -178,7 +205,7 @@ def test_output_to_a_file_has_no_codes(run: RunFolder, capsys: pytest.CaptureFix
 @pytest.mark.parametrize("how", ["q", *(pytest.param(how, marks=pytest.mark.slow) for how in ("interrupt", "the end"))])
 def test_the_live_view_leaves_in_order(tmp_path: Path, how: str) -> None:
     """Guards the way out of the live view: no traceback, the terminal as it was, the last frame left behind."""
-    run = RunFolder(write_online_run(tmp_path, iterations=3, live=live_json(age_s=-60)))
+    run = RunFolder(write_online_run(tmp_path, iterations=3, live=live_json()))
     terminal, slave = pty.openpty()
     command = [sys.executable, "-m", "topologies.cli", "watch", str(run.path)]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "40", "PYTHONPATH": str(ROOT)}

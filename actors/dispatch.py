@@ -9,7 +9,7 @@
 | a sampler dies | its unanswered requests go to the head of the queue; it gets more once its next life answers |
 | a sampler finishes nothing for `deadline_s` | its process is killed, then as above |
 | a sampler is lost for the (max_losses + 1)th time, or does not return | it gets no more; the last one's end is an error |
-| a request can never run | it is its own error, raised (or yielded) when all others are answered |
+| a request can never run | it is its own error, raised when all others are answered |
 
 Which sampler answers a request is not reproducible, and need not be: with the engine's deterministic mode a token depends on
 its own sequence and seed alone; without it, tokens of equal seeds may differ in rare roundings, as they do between batches.
@@ -18,17 +18,17 @@ its own sequence and seed alone; without it, tokens of equal seeds may differ in
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 from actors.failures import ActorsLostError, DataError
 from actors.host import ActorLostError, Pending
 from actors.sampler import UnacknowledgedError
-from actors.streams import END, MAX_STREAMS, REVIVAL_DEADLINE_S, Stream, StreamingHandle, ready
+from actors.streams import END, MAX_STREAMS, REVIVAL_DEADLINE_S, Stream, StreamingHandle, Wait, ready
 from afm_rl.types import Answered, GenerationRequest, Group, Refused
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class _Worker:
 
 
 class Members(Protocol):
-    """Who may be asked, which may change at any time: a `Roster`, or `Everyone`."""
+    """Who may be asked, which may change at any time (`actors/roster.py`)."""
 
     @property
     def look_s(self) -> float:
@@ -111,74 +111,12 @@ class Members(Protocol):
         """Why those who are no longer listed were given up."""
 
 
-class Everyone:
-    """A fixed list, of whom each may be asked as soon as its process is back."""
-
-    look_s = math.inf
-
-    def __init__(self, handles: Sequence[StreamingHandle]) -> None:
-        self._handles = handles
-        self._away: dict[str, Pending] = {}
-
-    def handles(self) -> Sequence[StreamingHandle]:
-        return self._handles
-
-    def away(self, handle: StreamingHandle) -> Pending | None:
-        return self._away.get(handle.name)
-
-    def lost(self, handle: StreamingHandle, cause: str) -> None:  # noqa: ARG002 (the face of Members)
-        self._away[handle.name] = handle.revive()
-
-    def returned(self, handle: StreamingHandle, pending: Pending) -> None:
-        del self._away[handle.name]
-        pending.result(REVIVAL_DEADLINE_S)
-
-    def answered(self, handle: StreamingHandle) -> None:
-        """Nobody counts."""
-
-    def streaming(self, handle: StreamingHandle, change: int) -> None:
-        """Nobody counts."""
-
-    def causes(self) -> str:
-        return ""
-
-
-Wait = Callable[[Sequence[Pending | Stream], float], list[Pending | Stream]]
-
-
-def generate(
-    samplers: Sequence[StreamingHandle] | Members,
-    requests: Sequence[GenerationRequest],
-    *,
-    policy: str,
-    options: DispatchOptions | None = None,
-    on_error: Literal["raise", "yield"] = "raise",
-) -> Iterator[Group | Refused]:
-    """The answers of `policy` as they are finished.
-
-    A request that can never run is yielded as `Refused` in its turn, or raised as RequestsRefusedError after all others.
-    Raises ActorsLostError when no sampler is left, and whatever a sampler raises.
-    """
-    return Dispatch(samplers, requests, policy=policy, options=options).as_finished(on_error)
-
-
-def generate_all(
-    samplers: Sequence[StreamingHandle] | Members,
-    requests: Sequence[GenerationRequest],
-    *,
-    policy: str,
-    options: DispatchOptions | None = None,
-) -> list[Group]:
-    """The answers in the order of the requests. Raises as `generate` does."""
-    return Dispatch(samplers, requests, policy=policy, options=options).in_order()
-
-
 class Dispatch:
     """One call's bookkeeping. `wait` and `clock` are for tests."""
 
     def __init__(
         self,
-        samplers: Sequence[StreamingHandle] | Members,
+        members: Members,
         requests: Sequence[GenerationRequest],
         *,
         policy: str,
@@ -187,31 +125,24 @@ class Dispatch:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._requests, self._policy, self._options = requests, policy, options or DispatchOptions()
-        self._members = Everyone(samplers) if isinstance(samplers, Sequence) else samplers
+        self._members = members
         self._workers: list[_Worker] = []
         self._queue = deque(range(len(requests)))
         self._wait, self._clock = wait, clock
 
-    def in_order(self) -> list[Group]:
-        """As `generate_all`."""
-        groups, refused = dict[int, Group](), list[Refused]()
-        for one in self.answers():
-            if isinstance(one.result, Group):
-                groups[one.index] = one.result
-            else:
-                refused.append(one.result)
-        if refused:
-            raise RequestsRefusedError(refused, answered=len(groups))
-        return [groups[index] for index in range(len(self._requests))]
+    def groups(self) -> Generator[tuple[int, Group], None, None]:
+        """(index of its request, group) as they are finished.
 
-    def as_finished(self, on_error: Literal["raise", "yield"]) -> Iterator[Group | Refused]:
-        """As `generate`."""
+        Raises RequestsRefusedError after all others where some can never run, ActorsLostError when no sampler is left, and
+        whatever a sampler raises.
+        """
         refused = []
-        for one in self.answers():
-            if isinstance(one.result, Refused) and on_error == "raise":
-                refused.append(one.result)
-            else:
-                yield one.result
+        with closing(self.answers()) as answers:
+            for one in answers:
+                if isinstance(one.result, Refused):
+                    refused.append(one.result)
+                else:
+                    yield one.index, one.result
         if refused:
             raise RequestsRefusedError(refused, answered=len(self._requests) - len(refused))
 
@@ -295,7 +226,7 @@ class Dispatch:
         try:
             item = one.stream.next(self._options.deadline_s)
         except (ActorLostError, UnacknowledgedError) as error:
-            self._lost(worker, str(error))
+            self._lost(worker, str(getattr(error, "cause", error)))  # Ray wraps what an actor raised
             return None
         except TimeoutError:
             self._silent(worker)

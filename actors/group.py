@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -73,7 +73,7 @@ class GroupHandle:
         self._build, self._clock = build, clock
         self.restarts, self.restart_seconds = 0, 0.0
         self._causes: list[str] = []
-        self._generation = 0
+        self._generation, self._suspended = 0, False
         self._ended: Exception | None = None
         self._last_loss: GroupRestartedError | None = None
         self._form()
@@ -104,15 +104,21 @@ class GroupHandle:
             except Loss as loss:
                 self._rebuild(loss)
 
+    def pulses(self) -> Mapping[str, RayPending]:
+        """A call for each member's `Pulse`; none while suspended. For any thread: a lost group is not built anew here."""
+        return {} if self._suspended else self._members.pulses()
+
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """End the group for the block, so that others can have its place; a fresh one, without state, forms afterwards."""
         self._require_alive()
         self._members.kill()
         self._generation += 1
+        self._suspended = True
         try:
             yield
         finally:
+            self._suspended = False
             self._form()
 
     def processes(self) -> list[Process]:

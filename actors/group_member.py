@@ -2,8 +2,8 @@
 
 The order is fixed: `coordinator` (rank 0 picks the address), `join` (`jax.distributed.initialize`, before anything touches a
 device), `construct` (the role). The role lives in the thread that runs its calls, because JAX keeps its current mesh per
-thread. `beat`, `identity` and `stats` run in the concurrency group "heartbeat", so a member that computes or compiles for
-minutes still answers, and one that was stopped does not.
+thread. `beat`, `identity`, `stats` and `pulse` run in the concurrency group "heartbeat", so a member that computes or
+compiles for minutes still answers, and one that was stopped does not.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 from actors.group_placement import GroupSpec, slice_environment
 from actors.host import ActorStats, Host
+from actors.signs import Signs
 
 #: The concurrency group, of one thread, that answers while the role works.
 HEARTBEAT_GROUP = "heartbeat"
@@ -96,6 +97,10 @@ class GroupMember:
     def stats(self) -> ActorStats:
         """What the role did since it was constructed."""
         return self._require_host().stats()
+
+    def pulse(self) -> Signs | None:
+        """What the role is doing; None while there is none yet."""
+        return self._host.pulse() if self._host is not None else None
 
     def _require_host(self) -> Host:
         if self._host is None:

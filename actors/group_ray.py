@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -46,7 +46,7 @@ class RayMembers:
         cls = type(role.__name__, (GroupMember,), {"__module__": GroupMember.__module__})
         remote: Any = ray.remote
         actor = remote(max_concurrency=1, concurrency_groups={HEARTBEAT_GROUP: 1})(cls)
-        names = [name] if spec.processes == 1 else [f"{name}-{rank}" for rank in range(spec.processes)]
+        self._names = names = [name] if spec.processes == 1 else [f"{name}-{rank}" for rank in range(spec.processes)]
         self._actors = [
             actor.options(name=own, **actor_options(spec, self._reservation.group, rank)).remote(own, rank, spec)
             for rank, own in enumerate(names)
@@ -93,6 +93,10 @@ class RayMembers:
             except (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError, GetTimeoutError) as error:
                 raise Loss(rank, _one_line(error)) from error
         return found
+
+    def pulses(self) -> Mapping[str, RayPending]:
+        calls = [self._aside(actor.pulse).remote() for actor in self._actors]
+        return {name: RayPending(f"{name}.pulse", call) for name, call in zip(self._names, calls, strict=True)}
 
     def processes(self) -> list[Process]:
         """Where the members that have been placed run."""

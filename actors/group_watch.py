@@ -8,12 +8,12 @@ the role on all ranks is the caller's; on some ranks only it is a `Split`: the o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from actors.group_member import Process
-from actors.host import ActorStats
+from actors.host import ActorStats, RayPending
 
 #: Beats sent within one heartbeat.
 BEATS = 5
@@ -69,6 +69,9 @@ class Members(Protocol):
 
     def stats(self) -> list[ActorStats]:
         """What every member did."""
+
+    def pulses(self) -> Mapping[str, RayPending]:
+        """Ask every member, by name, what it is doing."""
 
     def processes(self) -> list[Process]:
         """Where the members run that have been placed."""

@@ -12,13 +12,14 @@ import resource
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 from actors.failures import InfrastructureError
+from actors.signs import EngineSigns, Signs, place, resident_mib
 from afm_rl.errors import UserError
 
 #: Seconds a call may take before the wait for it is an error; generous, because a first call compiles.
@@ -111,8 +112,29 @@ class Host:
 
     def stats(self) -> ActorStats:
         """Busy time (however many calls were under way), calls, and the process's peak resident memory."""
-        peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        return ActorStats(self._name, self._role.__name__, round(self._busy_s, 2), self._calls, round(peak_mib, 1))
+        return ActorStats(self._name, self._role.__name__, round(self._busy_s, 2), self._calls, round(_peak_mib(), 1))
+
+    def pulse(self) -> Signs:
+        """What the actor is doing now. Takes no lock that its work holds for long, so a busy one answers too."""
+        with self._lock:
+            running_s = time.perf_counter() - self._since_s if self._working else 0.0
+            working, busy_s, calls = self._working, self._busy_s + running_s, self._calls
+        use = self._actor.use() if hasattr(self._actor, "use") else None
+        engine = None if use is None else EngineSigns(use.version, use.running, use.waiting, use.response_tokens)
+        host, pid = place()
+        return Signs(
+            name=self._name,
+            role=self._role.__name__,
+            life=self._life,
+            host=host,
+            pid=pid,
+            working=working,
+            busy_s=round(busy_s, 2),
+            calls=calls,
+            mib=round(resident_mib(), 1),
+            peak_mib=round(_peak_mib(), 1),
+            engine=engine,
+        )
 
     @contextmanager
     def _work(self) -> Iterator[None]:
@@ -133,6 +155,10 @@ class Host:
             self._calls += 1
         if took_s >= TRIM_AFTER_S:
             return_freed_memory()
+
+
+def _peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def return_freed_memory() -> None:
@@ -167,6 +193,9 @@ class Handle(Protocol):
     def stats(self) -> ActorStats:
         """What the actor did so far."""
 
+    def pulses(self) -> Mapping[str, Pending]:
+        """Start a call for a `Signs` (None: nothing there yet) of each of its processes, by name. For any thread."""
+
 
 class InlineHandle:
     """The actor lives in this process; a call runs when it is submitted."""
@@ -187,6 +216,9 @@ class InlineHandle:
 
     def stats(self) -> ActorStats:
         return self._host.stats()
+
+    def pulses(self) -> Mapping[str, Pending]:
+        return {self.name: self._done("pulse", self._host.pulse())}
 
 
 @dataclass(frozen=True)
@@ -219,6 +251,9 @@ class RayHandle:
 
     def stats(self) -> ActorStats:
         return RayPending(f"{self.name}.stats", self._actor.stats.remote()).result(30.0)
+
+    def pulses(self) -> Mapping[str, Pending]:
+        return {self.name: RayPending(f"{self.name}.pulse", self._actor.pulse.remote())}
 
 
 def _ray_handle_by_name(name: str) -> RayHandle:
@@ -303,10 +338,3 @@ def gather(pending: Sequence[Pending], *, deadline_s: float = DEFAULT_DEADLINE_S
 def call(handle: Handle, method: str, *args: Any, deadline_s: float = DEFAULT_DEADLINE_S, **kwargs: Any) -> Any:
     """One call, waited for."""
     return gather([handle.submit(method, *args, **kwargs)], deadline_s=deadline_s)[0]
-
-
-def spread(handles: Sequence[Handle], items: Sequence[Any]) -> list[tuple[Handle, Sequence[Any]]]:
-    """Cut `items` into one contiguous share per handle; the cut depends on the counts alone, so it is reproducible."""
-    size = -(-len(items) // len(handles))
-    shares = [(handle, items[i * size : (i + 1) * size]) for i, handle in enumerate(handles)]
-    return [(handle, share) for handle, share in shares if len(share)]

@@ -26,11 +26,9 @@ from typing import Any, Literal
 
 from actors.failures import ActorsLostError
 from actors.host import DEFAULT_DEADLINE_S, ActorLostError, OtherLifeError, Pending
-from actors.streams import REVIVAL_DEADLINE_S, Stream, StreamingHandle, ready
+from actors.streams import REVIVAL_DEADLINE_S, StreamingHandle, Wait, ready
 
 log = logging.getLogger(__name__)
-
-Wait = Callable[[Sequence[Pending | Stream], float], list[Pending | Stream]]
 
 
 @dataclass
@@ -64,6 +62,8 @@ class Pool:
         self._name, self._deadline_s, self._max_losses = name, deadline_s, max_losses
         self._wait, self._clock = wait, clock
         self._workers = [_Worker(handle) for handle in handles]
+        self._joining: dict[str, tuple[StreamingHandle, Pending]] = {}
+        self._leaving: set[str] = set()
         self._preparation: tuple[str, tuple[Any, ...]] | None = None
         self._number = 0
         self._turn = threading.Lock()
@@ -74,16 +74,35 @@ class Pool:
         return [worker.handle for worker in self._workers]
 
     def add(self, handle: StreamingHandle) -> None:
-        """One more, from the next call on; it is prepared first."""
-        with self._turn:
-            self._workers.append(_Worker(handle))
+        """One more, once it has `joined`."""
+        self._joining[handle.name] = handle, handle.revive()
+
+    def joined(self, name: str) -> bool:
+        """Whether a new one has started; it is then used, and prepared first. Raises ActorLostError when it never will."""
+        if name in self._joining:
+            handle, returned = self._joining[name]
+            if not ready([returned], 0.0):
+                return False
+            self._workers = [*self._workers, _Worker(handle, returned.result(self._deadline_s))]
+            del self._joining[name]
+        return True
+
+    def retire(self, name: str) -> None:
+        """This one gets nothing from the next call on."""
+        self._leaving.add(name)
+
+    def idle(self, name: str) -> bool:  # noqa: ARG002 (they work together, or not at all)
+        """Whether nobody works."""
+        return not self._turn.locked()
 
     def remove(self, name: str) -> StreamingHandle:
-        """Take one out, once the call under way is done."""
-        with self._turn:
-            worker = next(w for w in self._workers if w.handle.name == name)
-            self._workers.remove(worker)
-            return worker.handle
+        """Forget about this one, which has retired and is idle, or never joined."""
+        if name in self._joining:
+            return self._joining.pop(name)[0]
+        worker = next(w for w in self._workers if w.handle.name == name)
+        self._workers = [other for other in self._workers if other is not worker]
+        self._leaving.discard(name)
+        return worker.handle
 
     def prepare(self, method: str, *args: Any) -> None:
         """Call this on every actor that lives, and from now on on every one before it takes work."""
@@ -100,9 +119,12 @@ class Pool:
             return _Call(self, method, self._cut(sequences)).run()
 
     def _cut(self, sequences: Sequence[Sequence[Any]]) -> list[tuple[Sequence[Any], ...]]:
-        size = -(-len(sequences[0]) // len(self._workers))
+        size = -(-len(sequences[0]) // len(self._taking()))
         starts = range(0, len(sequences[0]), max(1, size))
         return [tuple(items[first : first + size] for items in sequences) for first in starts]
+
+    def _taking(self) -> list[_Worker]:
+        return [worker for worker in self._workers if worker.handle.name not in self._leaving]
 
 
 class _Call:
@@ -111,27 +133,28 @@ class _Call:
     def __init__(self, pool: Pool, method: str, shares: list[tuple[Sequence[Any], ...]]) -> None:
         self._pool, self._method, self._shares = pool, method, shares
         self._queue = deque(range(len(shares)))
+        self._workers = pool._taking()
         self._answers: dict[int, Any] = {}
 
     def run(self) -> list[Any]:
-        for worker in self._pool._workers:
+        for worker in self._workers:
             worker.losses, worker.gone = [], False
         try:
             while not self._over():
                 self._require_worker()
-                for worker in self._pool._workers:
+                for worker in self._workers:
                     self._go_on(worker)
                 self._look()
         finally:
-            for worker in self._pool._workers:
+            for worker in self._workers:
                 self._abandon(worker)
         return [self._answers[i] for i in range(len(self._shares))]
 
     def _over(self) -> bool:
         if self._shares:
             return len(self._answers) == len(self._shares)
-        ready_or_away = all(w.gone or w.doing == "returning" or self._is_prepared(w) for w in self._pool._workers)
-        return ready_or_away and any(self._is_prepared(w) for w in self._pool._workers)
+        ready_or_away = all(w.gone or w.doing == "returning" or self._is_prepared(w) for w in self._workers)
+        return ready_or_away and any(self._is_prepared(w) for w in self._workers)
 
     def _is_prepared(self, worker: _Worker) -> bool:
         return worker.life is not None and worker.prepared == self._pool._number
@@ -158,7 +181,7 @@ class _Call:
 
     def _look(self) -> None:
         """Wait until a call can be read, or the first deadline."""
-        busy = [(worker, worker.call) for worker in self._pool._workers if worker.call is not None]
+        busy = [(worker, worker.call) for worker in self._workers if worker.call is not None]
         if not busy:
             return
         limit_s = max(0.0, min(worker.until_s for worker, _ in busy) - self._pool._clock())
@@ -206,6 +229,6 @@ class _Call:
         worker.doing, worker.call, worker.share = "nothing", None, -1
 
     def _require_worker(self) -> None:
-        if all(worker.gone for worker in self._pool._workers):
-            causes = "; ".join(f"{w.handle.name}: {', then '.join(w.losses)}" for w in self._pool._workers)
+        if all(worker.gone for worker in self._workers):
+            causes = "; ".join(f"{w.handle.name}: {', then '.join(w.losses)}" for w in self._workers)
             raise ActorsLostError(f"no {self._pool._name} actor is left for {self._method or 'its preparation'} ({causes})")

@@ -30,6 +30,10 @@ __all__ = ["Reward", "RewardSpec", "SequenceScores"]
 
 log = logging.getLogger(__name__)
 
+#: Why a cut response is invalid, where the topology says so.
+CUT = problem(
+    "truncated", "invalid", "nothing ended the response within max_tokens, and the topology says `truncated: invalid`"
+)
 #: Of one component: the values of a group's responses [G], and why one is missing ("" where it is not).
 Component = tuple[np.ndarray, Sequence[str]]
 
@@ -115,7 +119,7 @@ class Reward:
             assert spec.length is not None
             return [(spec.length(of.tokens_G), ()) for of in texts]
         asked = [(prompt, of.for_functions()) for of, prompt in zip(texts, prompts, strict=True)]
-        return self._functions[name](asked, budget_s=spec.budget_s)
+        return list(self._functions[name](asked, budget_s=spec.budget_s))
 
     def _by_model(self, groups: Sequence[Group]) -> list[Component]:
         flat = self.sequence_scores([np.concatenate([g.prompt_T, r]) for g in groups for r in g.responses]).reward_B
@@ -146,9 +150,9 @@ class Reward:
         reward_G = spec.truncation.apply(total_G, cut_G).astype(np.float32)
         problems = [_first_problem(components, j) or _environment_problem(played, j) for j in range(count)]
         for j in np.flatnonzero(~np.isfinite(reward_G)):
-            problems[j] = problems[j] or problem("sum", "not_finite", f"the reward is {reward_G[j]}")
-            if spec.truncation.kind == "invalid" and cut_G[j] and np.isfinite(total_G[j]):
-                problems[j] = problem("length", "cut", "no end of turn within max_tokens, and `truncated` is invalid")
+            if not problems[j]:
+                by_cut = cut_G[j] and spec.truncation.kind == "invalid"
+                problems[j] = CUT if by_cut else problem("sum", "not_finite", f"the reward is {reward_G[j]}")
         valid_G = np.array([not text for text in problems], bool)
         self._count(group, problems)
         own = {name: values_G for name, (values_G, _) in components.items()}

@@ -22,8 +22,9 @@ from afm_rl.config import ModelConfig
 from afm_rl.reward_model import Scores, score
 from afm_rl.types import GRADINGS
 
-#: Positions of one forward pass, and the least rows that it has.
-PASS_TOKENS, LEAST_ROWS = 2048, 8
+#: Positions of one forward pass, and the least rows that it has. Rows are a power of two: with 21 rows of 96 positions XLA
+#: computes the last rows by other code on CPU, and a sequence's score depends on which row it stands in.
+PASS_TOKENS, LEAST_ROWS = 1024, 8
 #: The narrowest width, and the step by which widths grow at first.
 WIDTH = 32
 
@@ -70,7 +71,7 @@ class RewardModelScorer:
 
 
 def padded_width(length: int) -> int:
-    """The width of a sequence's program: a multiple of 32 up to 256, then eight widths per doubling.
+    """The width of a sequence's program: a multiple of 32 up to 256, then four widths per doubling.
 
     At most 31 positions or a quarter are padding, whichever is more.
     """
@@ -79,8 +80,8 @@ def padded_width(length: int) -> int:
 
 
 def rows_of(width: int) -> int:
-    """Rows of the program of a width: a pass of about PASS_TOKENS positions."""
-    return max(LEAST_ROWS, PASS_TOKENS // width)
+    """Rows of the program of a width, a power of two: at most PASS_TOKENS positions, unless LEAST_ROWS has more."""
+    return max(LEAST_ROWS, 1 << max(0, (PASS_TOKENS // width).bit_length() - 1))
 
 
 @partial(jax.jit, static_argnames=("config", "dtype"))

@@ -243,7 +243,7 @@ class Roster:
         """Whether this one may be asked. Reads what has ended. Raises ActorsLostError when it was given up."""
         with self._lock:
             member = self._members[name]
-            if member.away is not None and ready([member.away], 0.0):
+            while member.away is not None and ready([member.away], 0.0):
                 self.returned(member.handle, member.away)
             if member.given_up is not None:
                 raise ActorsLostError(f"{name}: {member.given_up}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,6 +40,8 @@ MAX_STREAMS = 8
 #: Ray's concurrency groups: a thread for each stream, one for liveness. Calls have the default one.
 STREAM_GROUP, ASIDE_GROUP = "stream", "aside"
 CONCURRENCY_GROUPS = {STREAM_GROUP: MAX_STREAMS, ASIDE_GROUP: 1}
+#: Seconds until an actor that was ended for good has given its name back; one that was stopped takes longest.
+CLOSE_DEADLINE_S = 30.0
 #: Seconds a busy machine may take to start a process anew and construct its role.
 REVIVAL_DEADLINE_S = 120.0
 
@@ -72,6 +74,9 @@ class StreamingHandle(Handle, Protocol):
 
     def end(self) -> None:
         """Kill the actor's process, working or stopped; what it was doing is lost, and it starts anew."""
+
+    def close(self) -> None:
+        """End the actor for good, and let its name and its place go."""
 
     def revive(self) -> Pending:
         """A call that ends, with a name for its life, once a lost actor answers again, or in ActorLostError."""
@@ -125,6 +130,10 @@ def ready(calls: Sequence[Pending | Stream], timeout_s: float) -> list[Pending |
     return here + [refs[ref] for ref in ray.wait(list(refs), num_returns=len(refs), timeout=0, fetch_local=False)[0]]
 
 
+#: The face of `ready`.
+Wait = Callable[[Sequence[Pending | Stream], float], list[Pending | Stream]]
+
+
 class InlineStreamingHandle(InlineHandle):
     """The actor lives in this process. It cannot be lost; `end` constructs its role anew."""
 
@@ -142,6 +151,9 @@ class InlineStreamingHandle(InlineHandle):
 
     def end(self) -> None:
         self._host = self._construct()
+
+    def close(self) -> None:
+        del self._host
 
     def revive(self) -> Pending:
         return self.ping()
@@ -199,10 +211,32 @@ class RayStreamingHandle(RayHandle):
         stats = self._aside("stats", max_task_retries=-1)
         return RayPending(f"{self.name}.stats", stats.remote()).result(REVIVAL_DEADLINE_S)
 
+    def pulses(self) -> Mapping[str, Pending]:
+        return {self.name: RayPending(f"{self.name}.pulse", self._aside("pulse").remote())}
+
     def end(self) -> None:
         import ray
 
         ray.kill(self._actor, no_restart=False)
+
+    def close(self) -> None:
+        import ray
+
+        ray.kill(self._actor, no_restart=True)
+        end_s = time.monotonic() + CLOSE_DEADLINE_S
+        while self._named() and time.monotonic() < end_s:
+            time.sleep(0.05)
+        if self._named():
+            raise DeadlineError(f"waited {CLOSE_DEADLINE_S:.0f} s for the end of {self.name}, which still has its name")
+
+    def _named(self) -> bool:
+        import ray
+
+        try:
+            ray.get_actor(self.name)
+        except ValueError:
+            return False
+        return True
 
     def revive(self) -> Pending:
         # Retried for as long as the actor is on its way back; an error once Ray has given it up.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -205,6 +206,44 @@ def test_mdloo_at_theta_k_is_the_leave_one_out_policy_gradient() -> None:
     for gamma in (0.0, 5.0):
         expected, found = run(PARAMS, gamma)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, expected)
+
+
+def test_the_full_kl_is_differentiated_through_both_factors() -> None:
+    """Guards the full form from the model to the gradient: prefix ratio times KL, by plain differentiation of both."""
+    behavior, advantage = logps_of(OTHER, 0.9).astype(np.float32), np.array([1.5, -0.5, 0.25, -1.25], np.float32)
+    mask, gamma = BATCH["mask_BT"], 0.7
+
+    def direct(params: Params) -> jax.Array:
+        scores = [logits(p, hidden_states(p, BATCH, config=CONFIG), CONFIG) / 0.9 for p in (params, OTHER)]
+        own, old = (jnp.pad(jax.nn.log_softmax(s)[:, :-1], ((0, 0), (1, 0), (0, 0))) for s in scores)
+        kl = (jnp.exp(own) * (own - old)).sum(-1)
+        d = (jnp.take_along_axis(own, BATCH["tokens_BT"][..., None], -1)[..., 0] - behavior) * mask
+        prefix = jnp.exp(jnp.cumsum(d, -1) - d)
+        return (-jnp.exp(d.sum(-1)) * advantage + gamma * (prefix * kl * mask).sum(-1)).sum() / 4
+
+    loss = build("online", CONFIG, {**ONLINE, "gamma": gamma, "kl": "full"})
+    batch = {**BATCH, "behavior_logp_BT": behavior, "advantage_B": advantage, "num_sequences": 4.0, **FRESH}
+    near = jax.tree.map(lambda a, b: 0.9 * b + 0.1 * a, PARAMS, OTHER)
+    expected, found = jax.jit(
+        lambda params: (jax.grad(direct)(params), jax.grad(lambda p: loss(p, {"behavior": OTHER}, batch, KEY)[0])(params))
+    )(near)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, expected)
+
+
+@pytest.mark.parametrize("kl", ["sampled", "full"])
+def test_windows_of_responses_change_nothing(kl: str) -> None:
+    """Guards the loss and its gradient where only the responses' positions are scored, each row from its own first one."""
+    first = BATCH["mask_BT"].argmax(-1).astype(np.int32)
+    whole = {**BATCH, "behavior_logp_BT": logps_of(OTHER, 0.9).astype(np.float32), **FRESH}
+    index = np.minimum(first[:, None] + np.arange(5), 7)
+    window = {n: np.take_along_axis(np.pad(v, ((0, 0), (0, 1))), index, 1) for n, v in whole.items() if n.endswith("_BT")}
+    shared = {"advantage_B": np.float32([1.5, -0.5, 0.25, -1.25]), "num_sequences": 4.0, "stale_B": FRESH["stale_B"]}
+    loss = build("online", CONFIG, {**ONLINE, "gamma": 0.7, "kl": kl})
+    run = jax.jit(jax.value_and_grad(lambda params, batch: loss(params, {"behavior": OTHER}, batch, KEY)[0]))
+    expected, slope = run(PARAMS, {**whole, **shared})
+    found, same = run(PARAMS, {**window, "tokens_BT": BATCH["tokens_BT"], "first_B": first, **shared})
+    assert float(found) == pytest.approx(float(expected), rel=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), same, slope)
 
 
 def test_an_unknown_objective_is_refused() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from afm_rl.compute import Compute
 from afm_rl.config import ModelConfig
 from afm_rl.objectives.sequence import score_targets
-from afm_rl.token_scores import score_tokens, top1_tokens
+from afm_rl.token_scores import response_window, score_against, score_tokens, top1_tokens
 
 CONFIG = ModelConfig(31, 8, 16, 1, 2, 1, 4)
 B, T = 2, 13
@@ -56,6 +56,53 @@ def test_the_teachers_tokens_are_aligned_and_carry_no_gradient() -> None:
     np.testing.assert_array_equal(top1[:, 1:], (hidden @ params["embed"]["weight"].T).argmax(-1)[:, :-1])
     assert top1.dtype == np.int32
     assert (top1[:, 0] == 0).all()
+
+
+@partial(jax.jit, static_argnames="compute")
+def kl_and_logp(tables: Any, hidden: Any, tokens: jax.Array, compute: Compute) -> tuple[jax.Array, jax.Array]:
+    own, other = ({"embed": {"weight": table}} for table in tables)
+    how: dict[str, Any] = {"config": CONFIG, "compute": compute, "temperature": 0.7}
+    return score_against(own, hidden[0], other, hidden[1], tokens, **how)
+
+
+def test_two_policies_are_compared_over_the_whole_vocabulary() -> None:
+    """Guards KL(p || q) at every position, its direction, the temperature on both, whole and in passes, in NumPy."""
+    (_, first, tokens), rng = case(), np.random.default_rng(1)
+    tables, hidden = rng.normal(size=(2, 31, 8)).astype(np.float32), (first, first + rng.normal(size=first.shape) * 0.3)
+    logits = [np.einsum("btd,vd->btv", h, table, dtype=np.float64) / 0.7 for h, table in zip(hidden, tables, strict=True)]
+    p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in logits)
+    for compute in (Compute(), IN_PASSES):
+        logp, kl = kl_and_logp(tables, hidden, tokens, compute)
+        np.testing.assert_allclose(kl, (np.exp(p) * (p - q)).sum(-1), rtol=1e-4)
+        np.testing.assert_allclose(logp, np.take_along_axis(p, tokens[..., None], -1)[..., 0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_of_the_kl_is_the_policys_alone() -> None:
+    """Guards theta_k, which is a constant, and passes against the whole in the backward pass."""
+    (_, hidden, tokens), rng = case(), np.random.default_rng(1)
+    tables = rng.normal(size=(2, 31, 8)).astype(np.float32)
+
+    def total(tables: Any, hidden: Any, compute: Compute) -> jax.Array:
+        logp, kl = kl_and_logp(tables, hidden, tokens, compute)
+        return (kl * jnp.arange(T)).sum() + logp.sum()
+
+    slope = jax.jit(jax.grad(total, argnums=(0, 1)), static_argnames="compute")
+    whole, passes = (slope(tables, (hidden, hidden[::-1]), compute=c) for c in (Compute(), IN_PASSES))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), passes, whole)
+    assert np.any(whole[0][0])
+    assert np.any(whole[1][0])
+    assert not np.any(whole[0][1])
+    assert not np.any(whole[1][1])
+
+
+def test_a_window_begins_at_each_rows_first_target() -> None:
+    """Guards the shift by one inside a window, a prompt of one token, and windows that reach past the row's end."""
+    _, hidden, tokens = case()
+    window, following = response_window(jnp.asarray(hidden), jnp.asarray(tokens), jnp.array([1, 10]), width=5)
+    np.testing.assert_array_equal(window[0], hidden[0, :5])
+    np.testing.assert_array_equal(following[0], tokens[0, 1:6])
+    np.testing.assert_array_equal(window[1, :3], hidden[1, 9:12])
+    np.testing.assert_array_equal(following[1, :3], tokens[1, 10:13])
 
 
 def test_logits_are_never_whole_in_memory() -> None:

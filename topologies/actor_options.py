@@ -12,6 +12,9 @@ from pydantic import BeforeValidator, Field, model_validator
 from topologies.engine_options import Engine
 from topologies.strict import Count, CountOrZero, Fraction, Positive, PositiveOrZero, Strict, problem
 
+#: Seconds without a sign of life after which an actor's process is ended, and started anew.
+HEARTBEAT_S = 30.0
+
 
 class Mesh(Strict):
     """The learner's device mesh (3.3)."""
@@ -33,6 +36,14 @@ class Role(Strict):
     replicas: Count = 1
     num_cpus: PositiveOrZero = 0.1
     num_gpus: PositiveOrZero = 0.0
+
+
+class Working(Role):
+    """Actors that share work, each call cut over those that live."""
+
+    heartbeat_s: Annotated[float, Field(ge=1)] = HEARTBEAT_S  # one that gives no sign of life for so long is started anew
+    call_deadline_s: Positive = 600.0  # of one share of the work; a process that lives but hangs ends here
+    max_restarts: CountOrZero = 3  # of one, in one call
 
 
 class TpuSlices(Strict):
@@ -84,8 +95,9 @@ class Generating(Role):
 
     max_batch: Count = 256
     engine: Engine = Engine()
+    heartbeat_s: Annotated[float, Field(ge=1)] = HEARTBEAT_S  # one that gives no sign of life for so long is started anew
     group_deadline_s: Positive = 600.0  # one that finishes no group for so long, its first compilation included, is killed
-    max_restarts: CountOrZero = 3  # of one, while the same requests are answered
+    max_restarts: CountOrZero = 3  # of one, while the same requests are answered, or without an answer in between
 
 
 class Sampler(Generating):
@@ -125,8 +137,8 @@ class Actors(Strict):
 
     learner: Learner = Learner()
     sampler: Sampler = Sampler()
-    reward: Role = Role()
+    reward: Working = Working()
     committee: Committee = Committee()
     annotator: Annotator = Annotator()
-    quantizer: Role = Role(replicas=2)
+    quantizer: Working = Working(replicas=2)
     server: Server = Server()

@@ -74,6 +74,17 @@ def _report(args: argparse.Namespace) -> None:
     print(write_report(RunFolder.open(args.run).path))
 
 
+def _watch(args: argparse.Namespace) -> None:
+    from topologies.run_folder import RunFolder
+    from topologies.watch import print_once, watch
+
+    run = RunFolder.open(args.run)
+    if args.once or args.json:
+        print_once(run, as_json=args.json)
+    else:
+        watch(run)
+
+
 def _generate(args: argparse.Namespace) -> None:
     from topologies.policy_commands import generate_answers
     from topologies.run_folder import RunFolder
@@ -137,6 +148,16 @@ def _import(args: argparse.Namespace) -> None:
     print(f"next: {next_step}")
 
 
+def _scale(args: argparse.Namespace) -> None:
+    from topologies.control import check_request, scale
+    from topologies.run_folder import RunFolder
+
+    for role, count in args.roles:
+        check_request(role, count)
+    for role, count in args.roles:
+        print(scale(RunFolder.open(args.run), role, count, timeout_s=args.timeout))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="afm-rl",
@@ -152,6 +173,10 @@ def _parser() -> argparse.ArgumentParser:
 
     _run_command(commands, "report", _report, "write RUN/report.html again")
 
+    watch = _run_command(commands, "watch", _watch, "watch a run in the terminal, while it goes on or afterwards; q leaves")
+    watch.add_argument("--once", action="store_true", help="print how it is now, and leave")
+    watch.add_argument("--json", action="store_true", help="the same for a script to read, once")
+
     generate = _run_command(commands, "generate", _generate, "answer a prompt with a policy of a run")
     generate.add_argument("--policy", required=True, metavar="NAME", help="a folder of RUN/policies")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
@@ -165,6 +190,10 @@ def _parser() -> argparse.ArgumentParser:
     serve = _run_command(commands, "serve", _serve, "serve a run's model with OpenAI's HTTP interface")
     serve.add_argument("--host", help="default: the topology's (127.0.0.1)")
     serve.add_argument("--port", type=int, help="default: the topology's (8000); 0 takes a free one")
+
+    scale = _run_command(commands, "scale", _scale, "change how many actors of a role a running launch has")
+    scale.add_argument("roles", nargs="+", type=_role, metavar="ROLE=N", help="sampler, committee or reward")
+    scale.add_argument("--timeout", type=float, default=180.0, metavar="S", help="seconds to wait (default 180)")
 
     export = _run_command(commands, "export", _export, "copy a policy out as a Hugging Face folder")
     export.add_argument("policy", metavar="POLICY")
@@ -217,6 +246,13 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, got {text!r}")
     return int(text)
+
+
+def _role(text: str) -> tuple[str, int]:
+    role, _, count = text.partition("=")
+    if not count.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be ROLE=N, as in sampler=4, got {text!r}")
+    return role, int(count)
 
 
 def _size(text: str) -> int:

@@ -14,7 +14,7 @@ from contextlib import closing
 
 import numpy as np
 
-from actors.dispatch import Dispatch, DispatchOptions, RequestsRefusedError
+from actors.dispatch import Dispatch, DispatchOptions
 from actors.engine_use import EngineUse
 from actors.host import Handle, Pending, call
 from actors.metrics import ENGINE_STAGE, Metrics
@@ -22,7 +22,7 @@ from actors.roster import Roster, Sync
 from actors.sampler import PolicySpec
 from actors.streams import StreamingHandle, call_again, look_at
 from actors.weights import WeightsOutOfSyncError
-from afm_rl.types import GenerationRequest, Group, Refused
+from afm_rl.types import GenerationRequest, Group
 from topologies.actor_options import Generating
 
 #: More of the responses that fit an engine's batch are given to it, so that a free row finds its next response waiting.
@@ -92,17 +92,11 @@ class Generators:
 
     def _answers(self, policy: str, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int, Group]]:
         self.roster.given(policy)
-        since, refused = self.roster.deliveries(policy) - 1, list[Refused]()
-        members = _Polling(self.roster, self.between)
-        with closing(Dispatch(members, requests, policy=policy, options=self._dispatch).answers()) as answers:
-            for one in answers:
-                if isinstance(one.result, Refused):
-                    refused.append(one.result)
-                    continue
-                self._check(one.result, policy, self.roster.accepted(policy, since=since))
-                yield one.index, one.result
-        if refused:
-            raise RequestsRefusedError(refused, answered=len(requests) - len(refused))
+        since, members = self.roster.deliveries(policy) - 1, _Polling(self.roster, self.between)
+        with closing(Dispatch(members, requests, policy=policy, options=self._dispatch).groups()) as groups:
+            for index, group in groups:
+                self._check(group, policy, self.roster.accepted(policy, since=since))
+                yield index, group
 
     def _check(self, group: Group, policy: str, accepted: set[int]) -> None:
         used = {group.version, *(int(version) for versions in group.versions for version in np.unique(versions))}

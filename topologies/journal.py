@@ -158,6 +158,29 @@ def read_journal(path: str | Path) -> list[Any]:
     return [] if _MAGIC.startswith(content) else _scan(content, path).records
 
 
+class JournalTail:
+    """A journal that may be in use, read again and again, each time what was added. Changes nothing and needs no lock."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._path, self._at = Path(path), 0
+
+    def new(self) -> list[Any]:
+        """The whole records added since the last look. Errors: as `read_journal`."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            if self._at == 0:
+                if (start := file.read(len(_MAGIC))) != _MAGIC:
+                    return [] if _MAGIC.startswith(start) else _scan(start, self._path).records
+                self._at = len(_MAGIC)
+            file.seek(self._at)
+            found = scan(file.read(), 0)
+        if found.later is not None:
+            raise JournalError(f"{self._path}: damaged at offset {self._at + found.end}, with whole records behind that")
+        self._at += found.end
+        return found.records
+
+
 def _scan(content: bytes, path: Path) -> Scan:
     """Every record up to the end, or up to a torn one. Errors: `JournalError` if whole records follow the damage."""
     if not content.startswith(_MAGIC):

@@ -16,6 +16,7 @@ from typing import Any
 
 from actors.metrics import JsonlSink, Metrics, MetricsSink, RaySink, TensorBoardSink
 from topologies.datasets import load_dataset
+from topologies.live import LiveState
 from topologies.plan import plan
 from topologies.progress import ProgressView
 from topologies.report import write_report
@@ -89,9 +90,9 @@ def launch(topology: Topology, *, resume: bool = False) -> RunFolder:
         progress.say(f"data: {data.source}")
         with start(topology) as system:
             progress.say(_where(system))
-            with Metrics(_sinks(run, system)) as metrics:
+            with Metrics(_sinks(run, system)) as metrics, LiveState(run, system, progress) as live:
                 context = Context(topology, run, journal, system, metrics, progress, data)
-                _run_stages(context)
+                _run_stages(context, live)
         run.mark_finished(journal)
         progress.say(f"report: {run.report_html}")
     return run
@@ -109,13 +110,14 @@ def _share_compiled_programs(run: RunFolder) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", float(seconds))
 
 
-def _run_stages(context: Context) -> None:
+def _run_stages(context: Context, live: LiveState) -> None:
     began = time.perf_counter()
     results: list[StageResult] = []
     for options in context.topology.stages:
         stage_began = time.perf_counter()
         done = context.journal.done(f"stage/{options.name}")
         context.progress.heading(f"{options.name}{' (already done)' if done else ''}")
+        live.enter(options.name)
 
         def work(options: Any = options, stage_began: float = stage_began) -> dict[str, Any]:
             with context.engines_logged(options.name):

@@ -11,6 +11,8 @@ from pydantic import Field, model_validator
 
 from afm_rl.algorithms import ALGORITHMS, BASELINES, KL_FORMS, check_choice
 from afm_rl.errors import UserError
+from topologies.environment_options import EnvironmentOptions
+from topologies.reward_options import RewardWeights
 from topologies.strict import Count, CountOrZero, Fraction, Positive, PositiveOrZero, Strict, one_of, problem
 
 
@@ -46,13 +48,6 @@ class OnlineAlgorithm(Strict):
         return self
 
 
-class RewardWeights(Strict):
-    """R = model * reward model + verifier * checks passed; the verifier scores 0 where a prompt has no checks."""
-
-    model: PositiveOrZero = 1.0
-    verifier: PositiveOrZero = 0.0
-
-
 class OnlineTraining(OnlineAlgorithm):
     """`prompts` x `responses` an iteration, then up to `inner_steps` updates on them.
 
@@ -71,6 +66,7 @@ class OnlineTraining(OnlineAlgorithm):
     max_tokens: Count = 32
     long_prompts: Literal["error", "drop"] = "error"  # those that leave no room for max_tokens
     keep_rollouts: Count | None = None  # iterations whose rollouts stay on disk; null: all
+    environment: EnvironmentOptions | None = None  # several turns; null: a response is one turn
     reward: RewardWeights = RewardWeights()
 
     @model_validator(mode="after")
@@ -78,6 +74,8 @@ class OnlineTraining(OnlineAlgorithm):
         if self.buffer is not None and self.buffer < self.prompts:
             message = f"{self.buffer} groups cannot hold an iteration's {self.prompts}: no update could ever begin"
             raise problem(message, at=("buffer",))
+        if self.reward.environment and self.environment is None:
+            raise problem("pays what an environment says, and there is none; add one", at=("reward", "environment"))
         return self
 
     @property

@@ -14,16 +14,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 
 class Bar:
-    """One running piece of work."""
+    """One running piece of work: `done` of `total`."""
 
-    def __init__(self, progress: Progress | None, task: TaskID | None) -> None:
+    def __init__(self, progress: Progress | None, task: TaskID | None, *, name: str, total: int, done: int) -> None:
         self._progress, self._task = progress, task
+        self.name, self.total, self.done = name, total, done
 
     def advance(self, count: int) -> None:
-        if self._progress is not None and self._task is not None:
-            self._progress.advance(self._task, count)
+        self.move_to(self.done + count)
 
     def move_to(self, done: int) -> None:
+        self.done = done
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=done)
 
@@ -34,6 +35,8 @@ class ProgressView:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(file=sys.stdout, soft_wrap=True, highlight=False)
         self._start = time.perf_counter()
+        #: What is under way, outermost first.
+        self.bars: tuple[Bar, ...] = ()
         self._progress: Progress | None = None
         if self.console.is_terminal:
             self._progress = Progress(
@@ -70,9 +73,12 @@ class ProgressView:
         """A bar while the block runs; on a file, one line when it ends."""
         begin = time.perf_counter()
         task = None if self._progress is None else self._progress.add_task(name, total=total, completed=done)
+        bar = Bar(self._progress, task, name=name, total=total, done=done)
+        self.bars = (*self.bars, bar)
         try:
-            yield Bar(self._progress, task)
+            yield bar
         finally:
+            self.bars = tuple(other for other in self.bars if other is not bar)
             if self._progress is not None and task is not None:
                 self._progress.remove_task(task)
         resumed = f" (resumed at {done})" if done else ""

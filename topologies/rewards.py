@@ -14,19 +14,20 @@ from actors.pool import Pool
 from actors.reward import RewardSpec, SequenceScores
 from actors.streams import StreamingHandle
 from afm_rl.types import Group, Prompt, ScoredGroup
+from topologies.actor_options import Working
 
 
 class Rewards:
     """The actors of the role "reward"."""
 
-    def __init__(self, handles: Sequence[StreamingHandle], *, deadline_s: float = 600.0, max_losses: int = 3) -> None:
-        self.pool = Pool("reward", handles, deadline_s=deadline_s, max_losses=max_losses)
+    def __init__(self, handles: Sequence[StreamingHandle], options: Working) -> None:
+        self.pool = Pool("reward", handles, deadline_s=options.call_deadline_s, max_losses=options.max_restarts)
 
     def load(self, spec: RewardSpec) -> None:
         """Score by this from now on. Raises what `Reward.load` does."""
         self.pool.prepare("load", spec)
 
-    def score(self, groups: Sequence[Group], prompts: Sequence[Prompt]) -> list[ScoredGroup]:
+    def score(self, groups: Sequence[Group | ScoredGroup], prompts: Sequence[Prompt]) -> list[ScoredGroup]:
         """Rewards of every response, in order; prompts[i] is what groups[i] answers."""
         return [scored for part in self.pool.map("score", groups, prompts) for scored in part]
 

@@ -21,7 +21,8 @@ from topologies.yaml_source import Loc, show
 #: Keys that say where a run happens; everything else says what it computes.
 PLACE_KEYS = ("launcher", "address", "run_root")
 _BEFORE_ANY_STAGE = ("topology.yaml", "topology.yaml.tmp", "journal.msgpack", "journal.msgpack.lock")
-_FINISHED = {"kind": "run finished"}
+#: The record that ends a run's journal.
+FINISHED = {"kind": "run finished"}
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether the launch that owns this folder got to its end."""
-        return _FINISHED in read_journal(self.journal_file)
+        return FINISHED in read_journal(self.journal_file)
 
     def open_journal(self) -> Journal:
         """The journal, for writing. Errors: as `Journal`, so `JournalLockedError` while a launch is running."""
@@ -118,8 +119,8 @@ class RunFolder:
 
     def mark_finished(self, journal: Journal) -> None:
         """Record that every stage is done; a second time changes nothing."""
-        if _FINISHED not in journal.records:
-            journal.append(_FINISHED)
+        if FINISHED not in journal.records:
+            journal.append(FINISHED)
 
     def policy_names(self) -> list[str]:
         """Names of the policies saved so far."""

@@ -14,7 +14,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, model_validator
 
 from pretrain.tokenizer_training import MIN_VOCAB_SIZE
-from topologies.online_options import OnlineTraining, RewardWeights
+from topologies.online_options import OnlineTraining
+from topologies.reward_options import RewardWeights
 from topologies.strict import Count, CountOrZero, Fraction, Positive, PositiveOrZero, Strict, nearest, one_of, problem
 
 PhaseName = Annotated[str, one_of("pre-training stage", ("core", "continued", "context_lengthening"))]

@@ -11,43 +11,49 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.annotator import Annotator
 from actors.group import GroupHandle, GroupRestartedError, GroupSpec, start_group
-from actors.host import ActorStats, DeadlineError, Handle, Host, InlineHandle, RayHandle, gather
+from actors.host import ActorStats, DeadlineError, Handle, gather
 from actors.jobs import LearnerSetup
 from actors.learner import Learner
-from actors.metrics import RaySink
+from actors.pulse import Pulse
 from actors.quantizer import Quantizer
 from actors.reward import Reward
 from actors.sampler import Committee, Sampler
-from actors.streams import CONCURRENCY_GROUPS, InlineStreamingHandle, RayStreamingHandle, StreamingHandle
+from actors.streams import StreamingHandle
 from actors.weights import WeightStore
 from afm_rl.compute import Compute
 from afm_rl.errors import UserError
 from afm_rl.generation.options import EngineOptions
 from afm_rl.malloc import ACTOR_TUNABLES
 from afm_rl.sharding import MeshShape
-from topologies.actor_options import Generating
+from topologies.actor_options import HEARTBEAT_S, Generating
 from topologies.schema import Topology
+from topologies.starting import ActorDeclaration, Starter
 
 log = logging.getLogger(__name__)
 
 #: Bytes of the local object store: weights of small models pass through it, not data sets.
 OBJECT_STORE_BYTES = 512 * 2**20
+#: Roles of which there may be more or fewer while the run goes on.
+SCALABLE = ("sampler", "committee", "reward")
 #: Rows that share a lookup table (5.2), where no stage says otherwise.
 PAPER_GROUP_SIZE = 16
 #: Seconds a cluster may take to place an actor before the launch fails.
 PLACEMENT_DEADLINE_S = 120.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class System:
-    """Handles to the running topology. `dashboard` is its address, or None under the inline launcher."""
+    """Handles to the running topology. `dashboard` is its address, or None under the inline launcher.
+
+    `add` and `remove` change how many there are of SCALABLE roles, while the others work.
+    """
 
     learner: Handle
     samplers: list[StreamingHandle]
@@ -58,6 +64,41 @@ class System:
     store: Handle
     dashboard: str | None
     launcher: str
+    starter: Starter
+
+    def add(self, role: str, count: int) -> list[StreamingHandle]:
+        """Start so many more actors of a role; they are not waited for. Raises UserError when they cannot be placed."""
+        present, [like, *_] = self.of(role), self.starter.declarations[role]
+        self._require_room(like, count)
+        indices = range(len(present), len(present) + count)
+        started = [self.starter.start(replace(like, name=f"{role}-{i}"), self.store) for i in indices]
+        present += started
+        return started
+
+    def remove(self, handle: StreamingHandle) -> None:
+        """End an actor for good; its name and its place are free afterwards."""
+        for role in SCALABLE:
+            if handle in self.of(role):
+                self.of(role).remove(handle)
+        self.starter.pulse.unwatch(handle.name)
+        handle.close()
+
+    def of(self, role: str) -> list[StreamingHandle]:
+        """The actors of a role that can be scaled."""
+        return {"sampler": self.samplers, "committee": self.committee, "reward": self.rewards}[role]
+
+    def _require_room(self, like: ActorDeclaration, count: int) -> None:
+        if self.launcher == "inline":
+            return
+        import ray
+
+        free = ray.available_resources()
+        for what, each in (("CPU", like.num_cpus), ("GPU", like.num_gpus)):
+            if each * count > free.get(what, 0.0) + 1e-6:
+                raise UserError(
+                    f"{count} more of {like.role.__name__} ask for {each * count:g} {what}, and {free.get(what, 0.0):g} are "
+                    "free: give the role a smaller share in the topology, ask for fewer, or add a node"
+                )
 
     @property
     def handles(self) -> list[Handle]:
@@ -75,27 +116,6 @@ class System:
         """Busy time, calls and memory of every actor."""
         learner = self.learner.member_stats() if isinstance(self.learner, GroupHandle) else [self.learner.stats()]
         return [*learner, *(handle.stats() for handle in self.handles if handle is not self.learner)]
-
-
-@dataclass(frozen=True)
-class ActorDeclaration:
-    """One actor as the topology draws it."""
-
-    name: str
-    role: type
-    num_cpus: float
-    num_gpus: float
-    kwargs: dict[str, Any]
-
-    @property
-    def generates(self) -> bool:
-        """Whether it answers item by item, and takes its weights from the store when it is started anew."""
-        return issubclass(self.role, Committee)
-
-    @property
-    def returns(self) -> bool:
-        """Whether it is started anew when its process is lost. The store is not: nobody could give it its weights again."""
-        return self.role is not WeightStore
 
 
 def declare(topology: Topology) -> dict[str, list[ActorDeclaration]]:
@@ -133,6 +153,7 @@ def declare(topology: Topology) -> dict[str, list[ActorDeclaration]]:
                 cls,
                 getattr(section, "num_cpus", 0.05),
                 getattr(section, "num_gpus", 0.0),
+                getattr(section, "heartbeat_s", HEARTBEAT_S),
                 kwargs,
             )
             for i in range(count)
@@ -187,24 +208,29 @@ def _group_size(topology: Topology) -> int:
 @contextmanager
 def start(topology: Topology) -> Iterator[System]:
     """The running topology; everything it started is ended when the block is left."""
-    declarations = declare(topology)
+    declarations, pulse = declare(topology), Pulse()
     if topology.launcher == "inline":
-        yield _system(_started(declarations, _inline), None, "inline")
+        starter = Starter(declarations, pulse, inline=True)
+        yield _system(starter, starter.start_all(declarations), None, "inline")
         return
     import ray
 
-    dashboard = _connect(topology)
+    dashboard, starter = _connect(topology), Starter(declarations, pulse, inline=False)
     try:
-        [learner] = declarations.pop("learner")
-        with closing(start_group(learner.name, learner.role, learner.kwargs, group_spec(topology))) as group:
-            handles = _started(declarations, _ray_actor) | {"learner": [group]}
+        [learner] = declarations["learner"]
+        others = {role: some for role, some in declarations.items() if role != "learner"}
+        with (
+            closing(start_group(learner.name, learner.role, learner.kwargs, group_spec(topology))) as group,
+            closing(pulse),
+        ):
+            handles = starter.start_all(others) | {"learner": [group]}
             _await_placement([h for hs in handles.values() for h in hs])
-            yield _system(handles, dashboard, topology.launcher)
+            yield _system(starter, handles, dashboard, topology.launcher)
     finally:
         ray.shutdown()
 
 
-def _system(handles: dict[str, list[Any]], dashboard: str | None, launcher: str) -> System:
+def _system(starter: Starter, handles: dict[str, list[Any]], dashboard: str | None, launcher: str) -> System:
     return System(
         learner=handles["learner"][0],
         samplers=handles["sampler"],
@@ -215,46 +241,8 @@ def _system(handles: dict[str, list[Any]], dashboard: str | None, launcher: str)
         store=handles["weights"][0],
         dashboard=dashboard,
         launcher=launcher,
+        starter=starter,
     )
-
-
-def _started(
-    declarations: dict[str, list[ActorDeclaration]], start_one: Callable[[ActorDeclaration, dict[str, Any]], Handle]
-) -> dict[str, list[Any]]:
-    """A handle for every declaration; the weight store first, which those that generate are told of."""
-    [store_declaration] = declarations["weights"]
-    store = start_one(store_declaration, {})
-    handles: dict[str, list[Any]] = {
-        role: [start_one(d, {"name": d.name, "store": store} if d.generates else {}) for d in ds]
-        for role, ds in declarations.items()
-        if role != "weights"
-    }
-    return handles | {"weights": [store]}
-
-
-def _inline(declaration: ActorDeclaration, told: dict[str, Any]) -> InlineHandle:
-    handle = InlineStreamingHandle if declaration.returns else InlineHandle
-    return handle(declaration.name, declaration.role, declaration.kwargs | told)
-
-
-def _ray_actor(declaration: ActorDeclaration, told: dict[str, Any]) -> RayHandle:
-    import ray
-
-    # Ray names an actor's class after the Python class: a subclass per role makes the dashboard say "Learner", not "Host".
-    host = type(declaration.role.__name__, (Host,), {"__module__": Host.__module__})
-    remote: Any = ray.remote
-    threads, kwargs = {}, declaration.kwargs | told
-    lives = {"max_restarts": -1} if declaration.returns else {}  # how often is too often: dispatch and pool know
-    if declaration.returns:
-        threads = {"concurrency_groups": CONCURRENCY_GROUPS}
-    if declaration.generates:
-        kwargs |= {"sinks": (RaySink(),)}
-    actor: Any = (
-        remote(max_concurrency=1, **threads)(host)
-        .options(name=declaration.name, num_cpus=declaration.num_cpus, num_gpus=declaration.num_gpus, **lives)
-        .remote(declaration.name, declaration.role, kwargs)
-    )
-    return (RayStreamingHandle if declaration.returns else RayHandle)(declaration.name, actor)
 
 
 def _connect(topology: Topology) -> str | None:

@@ -19,6 +19,8 @@ from afm_rl.rewards.spec import FunctionSpec
 from afm_rl.types import Prompt
 from afm_rl.workers.pool import Outcome, WorkerPool
 
+#: What a reward may be: rewards are float32.
+LARGEST = float(np.finfo(np.float32).max)
 #: Per response its own text and what else is told of it.
 Responses = Sequence[tuple[str, Mapping[str, Any]]]
 
@@ -32,9 +34,7 @@ class FunctionReward:
         self._pool = WorkerPool(spec.task, workers=spec.workers)
         self._pool.start()
 
-    def __call__(
-        self, asked: Sequence[tuple[Prompt, Responses]], *, budget_s: float
-    ) -> list[tuple[np.ndarray, list[str]]]:
+    def __call__(self, asked: Sequence[tuple[Prompt, Responses]], *, budget_s: float) -> list[tuple[np.ndarray, list[str]]]:
         """Per prompt the values [G] float32 of its responses, NaN where there is none, and why ("" where there is one)."""
         calls = [(i, _arguments(prompt, one)) for i, (prompt, responses) in enumerate(asked) for one in self._cut(responses)]
         limits_s = [self._spec.limit_s * (len(call[1]) if self._pool.batch else 1) for _, call in calls]
@@ -65,10 +65,9 @@ class FunctionReward:
     def _number(self, value: Any) -> tuple[float, str]:
         if not isinstance(value, int | float):
             return np.nan, problem(self._spec.name, "not_a_number", f"returned {_short(value)}")
-        number = np.float32(value)
-        if not np.isfinite(number):
-            return np.nan, problem(self._spec.name, "not_finite", f"returned {value}")
-        return float(number), ""
+        if not abs(value) <= LARGEST:  # true of NaN too
+            return np.nan, problem(self._spec.name, "not_finite", f"returned {_short(value)}")
+        return float(value), ""
 
 
 def _arguments(prompt: Prompt, responses: Any) -> tuple[str, Any, Any]:

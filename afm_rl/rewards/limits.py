@@ -55,5 +55,7 @@ class Truncation:
 
     def apply(self, total_G: np.ndarray, cut_G: np.ndarray) -> np.ndarray:
         """The rewards with the policy applied; NaN where it makes a response invalid."""
-        changed_G = {"keep": total_G, "zero": 0.0 * total_G, "penalty": total_G - self.penalty, "invalid": np.nan}[self.kind]
+        if self.kind == "keep":
+            return total_G
+        changed_G = {"zero": 0.0 * total_G, "penalty": total_G - self.penalty}.get(self.kind, np.full_like(total_G, np.nan))
         return np.where(cut_G, changed_G, total_G)

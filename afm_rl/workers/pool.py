@@ -93,9 +93,9 @@ class WorkerPool:
                     if (failed := worker.ask(index, calls[index], limit_s=limits_s[index])) is not None:
                         found[index] = failed
             for worker in _ready([w for w in self._workers if w.index is not None]):
-                index = worker.index
-                if index is not None and (outcome := worker.look()) is not None:
-                    found[index] = outcome
+                asked = worker.index
+                if asked is not None and (outcome := worker.look()) is not None:
+                    found[asked] = outcome
         return [found[index] for index in range(len(calls))]
 
     def close(self) -> None:
@@ -115,7 +115,8 @@ class _Worker:
 
     @property
     def fileno(self) -> int:
-        assert self._process is not None and self._process.stdout is not None
+        assert self._process is not None
+        assert self._process.stdout is not None
         return self._process.stdout.fileno()
 
     @property
@@ -192,7 +193,8 @@ class _Worker:
 
     @property
     def _stdin(self) -> int:
-        assert self._process is not None and self._process.stdin is not None
+        assert self._process is not None
+        assert self._process.stdin is not None
         return self._process.stdin.fileno()
 
     def _begin(self, limit_s: float) -> None:

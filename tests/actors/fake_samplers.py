@@ -152,3 +152,34 @@ class FakeReturn:
         if self.sampler.life >= len(self.sampler.lives):
             raise ActorLostError(f"{self.sampler.name}: it will not come back")
         self.sampler.world.note(self.sampler.name, "returned")
+
+
+@dataclass
+class Everyone:
+    """A list of samplers, of whom each may be asked as soon as its process is back."""
+
+    present: Sequence[FakeSampler]
+    look_s: float = math.inf
+    returns: dict[str, FakeReturn] = field(default_factory=dict)
+
+    def handles(self) -> Sequence[FakeSampler]:
+        return self.present
+
+    def away(self, handle: FakeSampler) -> FakeReturn | None:
+        return self.returns.get(handle.name)
+
+    def lost(self, handle: FakeSampler, cause: str) -> None:  # noqa: ARG002 (the face of Members)
+        self.returns[handle.name] = handle.revive()
+
+    def returned(self, handle: FakeSampler, pending: FakeReturn) -> None:
+        del self.returns[handle.name]
+        pending.result(RETURN_S)
+
+    def answered(self, handle: FakeSampler) -> None:
+        """Nobody counts."""
+
+    def streaming(self, handle: FakeSampler, change: int) -> None:
+        """Nobody counts."""
+
+    def causes(self) -> str:
+        return ""

@@ -11,7 +11,7 @@ import pytest
 from actors.dispatch import Dispatch, DispatchOptions, RequestsRefusedError
 from actors.failures import ActorsLostError
 from afm_rl.types import Answered, GenerationRequest, Group, Refused
-from tests.actors.fake_samplers import FakeSampler, World, answer_to, request
+from tests.actors.fake_samplers import Everyone, FakeSampler, World, answer_to, request
 
 INF = math.inf
 
@@ -19,7 +19,7 @@ INF = math.inf
 def dispatch(samplers: Sequence[FakeSampler], requests: Sequence[GenerationRequest], **options: float) -> Dispatch:
     """A call on the samplers' own clock."""
     world, how = samplers[0].world, DispatchOptions(**{"window": 4, "deadline_s": 10.0} | options)
-    return Dispatch(samplers, requests, policy="p", options=how, wait=world.wait, clock=world.clock)
+    return Dispatch(Everyone(samplers), requests, policy="p", options=how, wait=world.wait, clock=world.clock)
 
 
 def run(samplers: Sequence[FakeSampler], requests: Sequence[GenerationRequest], **options: float) -> list[Answered]:
@@ -149,25 +149,23 @@ def test_all_are_answered_before_a_refusal_is_raised() -> None:
     """Guards the rest of a batch: the error names the requests, and the answers of the others are not lost."""
     samplers = [FakeSampler("a", World(), refuses=frozenset({"r1", "r2"}))]
     requests = [request(i) for i in range(5)]
-    with pytest.raises(RequestsRefusedError, match="2 of 5 requests cannot run: request 'r1' has an empty prompt; req"):
-        dispatch(samplers, requests).in_order()
     seen = []
-    with pytest.raises(RequestsRefusedError, match="2 of 5"):
-        seen.extend(one.id for one in dispatch(samplers, requests).as_finished("raise"))
+    with pytest.raises(RequestsRefusedError, match="2 of 5 requests cannot run: request 'r1' has an empty prompt; req"):
+        seen.extend(group.id for _, group in dispatch(samplers, requests).groups())
     assert seen == ["r0", "r3", "r4"]
-    mixed = list(dispatch(samplers, requests).as_finished("yield"))
-    assert [one.id for one in mixed if isinstance(one, Refused)] == ["r1", "r2"]
+    mixed = run(samplers, requests)
+    assert [one.result.id for one in mixed if isinstance(one.result, Refused)] == ["r1", "r2"]
     assert len(mixed) == 5
 
 
-def test_groups_come_as_they_finish_and_all_of_them_in_order() -> None:
-    """Guards the two ways to ask: streamed, and as a list in the order of the requests."""
+def test_groups_come_as_they_finish_with_the_index_of_their_request() -> None:
+    """Guards who reads them: in which order they come, and which request each answers."""
     world = World()
     samplers = [FakeSampler("slow", world, seconds=5.0), FakeSampler("fast", world)]
     requests = [request(i) for i in range(6)]
-    streamed = [one.id for one in dispatch(samplers, requests).as_finished("raise")]
-    assert streamed == ["r1", "r3", "r5", "r0", "r2", "r4"]
-    assert [one.id for one in dispatch(samplers, requests).in_order()] == [f"r{i}" for i in range(6)]
+    streamed = list(dispatch(samplers, requests).groups())
+    assert [index for index, _ in streamed] == [1, 3, 5, 0, 2, 4]
+    assert all(group.id == f"r{index}" for index, group in streamed)
 
 
 def test_an_error_of_the_samplers_own_ends_the_call() -> None:
@@ -175,7 +173,7 @@ def test_an_error_of_the_samplers_own_ends_the_call() -> None:
     world = World()
     samplers = [FakeSampler("broken", world, breaks="no weights of it"), FakeSampler("other", world)]
     with pytest.raises(RuntimeError, match="no weights of it"):
-        dispatch(samplers, [request(i) for i in range(4)]).in_order()
+        run(samplers, [request(i) for i in range(4)])
     assert world.of("other") == ["asked r1 r3", "given up"]
     assert "died" not in world.of("broken")
 
@@ -183,7 +181,7 @@ def test_an_error_of_the_samplers_own_ends_the_call() -> None:
 def test_a_stream_that_ends_too_early_is_an_error() -> None:
     """Guards against an answer that silently stays out."""
     [short] = samplers = [FakeSampler("short", World())]
-    answers = dispatch(samplers, [request(0), request(1)]).as_finished("raise")
+    answers = dispatch(samplers, [request(0), request(1)]).groups()
     next(answers)
     short.open[0].left.clear()
     with pytest.raises(RuntimeError, match=r"short\.answer ended without answers to r1"):
@@ -193,7 +191,7 @@ def test_a_stream_that_ends_too_early_is_an_error() -> None:
 def test_a_reader_that_stops_gives_the_rest_up() -> None:
     """Guards the samplers' time: nobody reads on, so nobody need work on."""
     samplers = [FakeSampler(name, World()) for name in "a"]
-    answers = dispatch(samplers, [request(i) for i in range(4)]).as_finished("raise")
+    answers = dispatch(samplers, [request(i) for i in range(4)]).groups()
     next(answers)
     answers.close()
     assert samplers[0].world.of("a")[-1] == "given up"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from actors.host import DeadlineError, InlineHandle, RayHandle, call, gather, return_freed_memory, spread
+from actors.host import DeadlineError, InlineHandle, RayHandle, call, gather, return_freed_memory
 
 
 class Counter:
@@ -111,16 +111,6 @@ def test_one_deadline_covers_all_calls() -> None:
         gather(calls, deadline_s=0.1)
     assert calls[0].waited_s == pytest.approx(0.1, abs=0.03)
     assert 0 <= calls[2].waited_s <= calls[1].waited_s <= 0.05
-
-
-@pytest.mark.parametrize(("count", "expected"), [(7, [3, 3, 1]), (3, [1, 1, 1]), (2, [1, 1]), (4, [2, 2]), (0, [])])
-def test_spread_cuts_by_counts_alone(count: int, expected: list[int]) -> None:
-    """Guards reproducibility: contiguous shares in order, every item once, nobody called with nothing."""
-    handles = [InlineHandle(f"sampler-{i}", Counter, {"start": 0}) for i in range(3)]
-    shares = spread(handles, list(range(count)))
-    assert [len(share) for _, share in shares] == expected
-    assert [item for _, share in shares for item in share] == list(range(count))
-    assert [handle.name for handle, _ in shares] == [f"sampler-{i}" for i in range(len(expected))]
 
 
 @pytest.mark.slow

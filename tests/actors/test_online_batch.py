@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 
-from actors.online_batch import responses_batch
+from actors.jobs import OnlineSettings
+from actors.online_batch import OnlineBatch, responses_batch
 from actors.online_report import fresh_tokens, logp_mismatch, staleness
+from afm_rl.packing import Batch
 from afm_rl.types import Group, ScoredGroup
+
+SETTINGS = OnlineSettings(beta=0.1, inner_steps=2, temperature=0.8, microbatch=4)
 
 
 def scored(name: str, lengths: tuple[int, ...]) -> ScoredGroup:
@@ -19,6 +24,30 @@ def scored(name: str, lengths: tuple[int, ...]) -> ScoredGroup:
     group = Group(name, np.array([1, 2], np.int32), responses, logps, (True,) * len(lengths), "p", 0)
     rewards = np.arange(len(lengths), dtype=np.float32)
     return ScoredGroup(group, rewards, np.array([n > 1 for n in lengths]))
+
+
+def answers(
+    lengths: tuple[int, ...], rewards: tuple[float, ...], *, prompt: int, version: int = 0, **fields: Any
+) -> ScoredGroup:
+    """A group whose tokens, and whose sampler's log-probabilities, are all different; a NaN reward is an invalid one."""
+    rng = np.random.default_rng((*lengths, prompt))
+    responses = tuple(rng.integers(3, 13, n).astype(np.int32) for n in lengths)
+    logps = tuple(rng.normal(-1, 0.3, n).astype(np.float32) for n in lengths)
+    group = Group("g", rng.integers(3, 13, prompt).astype(np.int32), responses, logps, (True,) * len(lengths), "p", version)
+    group, reward_G = dataclasses.replace(group, **fields), np.array(rewards, np.float32)
+    return ScoredGroup(group, reward_G, np.isfinite(reward_G))
+
+
+def fake_log_probs(batch: Batch, which: str, temperature: float) -> np.ndarray:
+    """A function of the token and its place alone, whatever the microbatch; never 0, so that padding would show."""
+    assert temperature == SETTINGS.temperature
+    tokens_BT, first_B = batch["tokens_BT"], batch.get("first_B")
+    time_BT = np.broadcast_to(np.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    value_BT = -0.01 * (1 + tokens_BT) * (1 + time_BT) * (1.0 if which == "current" else 0.9)
+    if first_B is None:
+        return value_BT
+    index_BT = np.minimum(first_B[:, None] + np.arange(batch["mask_BT"].shape[1]), tokens_BT.shape[1] - 1)
+    return np.take_along_axis(value_BT, index_BT, axis=1)
 
 
 def test_rows_are_prompts_times_responses() -> None:
@@ -58,3 +87,124 @@ def test_only_tokens_of_the_same_weights_are_compared() -> None:
     updated = dataclasses.replace(group, versions=(np.array([0, 1]), np.array([1])))
     np.testing.assert_array_equal(fresh_tokens([updated], targets_BT, 1), [[0, 0, 0, 1], [0, 0, 1, 0]])
     assert (staleness(updated, 1), staleness(updated, 3), staleness(group, 2)) == ([1, 0], [3, 2], [2, 2])
+
+
+def test_the_end_counts_once_where_it_is_the_padding_too() -> None:
+    """Guards a tokenizer whose pad id is its end-of-sequence id: targets go by length, not by token."""
+    group = scored("a", (3, 1)).group
+    ended = tuple(np.append(response[:-1], 0).astype(np.int32) for response in group.responses)
+    mine = dataclasses.replace(scored("a", (3, 1)), group=dataclasses.replace(group, responses=ended))
+    batch, _, _ = responses_batch([mine], pad_id=0)
+    np.testing.assert_array_equal(batch["mask_BT"][:, :6], [[0, 0, 1, 1, 1, 0], [0, 0, 1, 0, 0, 0]])
+
+
+def test_what_the_environment_wrote_is_no_target() -> None:
+    """Guards turns of a conversation: tokens of the environment have no mask, and no sampler's log-probability either."""
+    actions = (np.array([True, False, False, True]), np.array([True, True]))
+    of_turns = answers((4, 2), (1.0, 0.0), prompt=2, actions=actions)
+    batch, _, _ = responses_batch([of_turns])
+    np.testing.assert_array_equal(batch["mask_BT"][:, :7], [[0, 0, 1, 0, 0, 1, 0], [0, 0, 1, 1, 0, 0, 0]])
+    np.testing.assert_array_equal(batch["sampler_logp_BT"] != 0, batch["mask_BT"] > 0)
+    nothing = answers((4, 2), (1.0, 0.0), prompt=2, actions=(np.zeros(4, bool), actions[1]))
+    assert OnlineBatch([nothing], SETTINGS, version=0).score(fake_log_probs) == 0  # one response alone has no comparison
+
+
+MIXED = [
+    answers((3, 9, 20), (1.0, 0.0, 2.0), prompt=40),
+    answers((17, 2, 5), (0.5, np.nan, 3.0), prompt=3),
+    answers((1, 1, 30), (np.nan, np.nan, 1.0), prompt=25),
+]
+
+
+@pytest.mark.parametrize("algorithm", ["mdloo", "online_dpo"])
+@pytest.mark.parametrize("microbatch", [2, 4, 64])
+def test_microbatches_hold_every_response_once(algorithm: str, microbatch: int) -> None:
+    """Guards the cut into microbatches and windows, by reading each response's arrays back out of them."""
+    settings = dataclasses.replace(SETTINGS, algorithm=algorithm, microbatch=microbatch)
+    batch = OnlineBatch(MIXED, settings, version=0)
+    assert batch.score(fake_log_probs) == {"mdloo": 5, "online_dpo": 4}[algorithm]
+    known = {tuple(r.tolist()): (g, j) for g in MIXED for j, r in enumerate(g.group.responses)}
+    parts, found = batch.parts_of(1) if algorithm == "mdloo" else batch.parts_of(0), []
+    assert any("first_B" in part for part in parts) or microbatch == 64
+    for part in parts:
+        assert len(part["tokens_BT"]) <= microbatch
+        own = fake_log_probs(part, "current", SETTINGS.temperature) if algorithm == "mdloo" else None
+        for row in np.flatnonzero(part["mask_BT"].any(-1)):
+            at = np.flatnonzero(part["mask_BT"][row])
+            tokens = part["tokens_BT"][row][at + (part["first_B"][row] if "first_B" in part else 0)]
+            group, j = known[tuple(tokens.tolist())]
+            found.append((id(group), j))
+            np.testing.assert_array_equal(part["sampler_logp_BT"][row][at], group.group.logps[j])
+            if own is not None:
+                np.testing.assert_allclose(part["behavior_logp_BT"][row][at], own[row][at], rtol=1e-6)
+            else:
+                half = len(part["advantage_B"]) // 2
+                assert part["advantage_B"][row] == (1.0 if row < half else -1.0)  # chosen first, then rejected
+    assert len(set(found)) == len(found) == {"mdloo": 5, "online_dpo": 4}[algorithm]
+
+
+def test_a_constant_added_to_a_prompts_rewards_changes_nothing() -> None:
+    """Guards advantages, with the KL to the reference inside R; constants that float32 adds without rounding."""
+    shift = (8.0, -1024.0, 2.0)
+    moved = [dataclasses.replace(g, reward_G=g.reward_G + np.float32(c)) for g, c in zip(MIXED, shift, strict=True)]
+    first, second = (OnlineBatch(groups, SETTINGS, version=0) for groups in (MIXED, moved))
+    assert first.score(fake_log_probs) == second.score(fake_log_probs) == 5
+    for plain, other in zip(first.parts_of(0), second.parts_of(0), strict=True):
+        np.testing.assert_allclose(other["advantage_B"], plain["advantage_B"], atol=1e-6)
+    advantages = np.concatenate([part["advantage_B"] for part in first.parts_of(0)])
+    assert abs(advantages.sum()) < 1e-5
+    assert np.abs(advantages).max() > 0.5
+
+
+def test_only_the_passes_that_are_needed_are_made() -> None:
+    """Guards the time of an update: no reference without beta; theta_k from the first inner step unless R needs it."""
+    made: list[str] = []
+
+    def counted(batch: Batch, which: str, temperature: float) -> np.ndarray:
+        made.append(which)
+        return fake_log_probs(batch, which, temperature)
+
+    for algorithm, beta, expected in (
+        ("mdloo", 0.0, []),
+        ("mdloo", 0.1, ["current", "reference"]),
+        ("grpo", 0.1, ["reference"]),
+        ("grpo", 0.0, []),
+        ("online_dpo", 0.1, ["reference"]),
+    ):
+        made.clear()
+        batch = OnlineBatch(MIXED, dataclasses.replace(SETTINGS, algorithm=algorithm, beta=beta), version=0)
+        batch.score(counted)
+        assert list(dict.fromkeys(made)) == expected
+        assert ("behavior_logp_BT" in batch.parts_of(0)[0]) == ("current" in expected)
+    full = OnlineBatch(MIXED, dataclasses.replace(SETTINGS, kl="full"), version=0)
+    full.score(counted)
+    assert ["behavior_logp_BT" in full.parts_of(inner)[0] for inner in (0, 1)] == [False, True]
+
+
+def test_staleness_is_measured_and_reported() -> None:
+    """Guards the weights' metrics by hand, and that fresh responses have none of the sampler's rounding in theirs."""
+    stale = [answers((2, 3), (1.0, 0.0), prompt=4, version=5), answers((2, 4), (1.0, 0.0), prompt=4, version=3)]
+    batch = OnlineBatch(stale, dataclasses.replace(SETTINGS, beta=0.0), version=5)
+    assert batch.score(fake_log_probs) == 4
+    parts = batch.parts_of(0)
+    np.testing.assert_array_equal(parts[0]["stale_B"], [False, False, True, True])
+    logp_BT = fake_log_probs(parts[0], "current", SETTINGS.temperature)
+    measured = [{"logp_BT": logp_BT, "log_ratio_B": np.zeros(4, np.float32), "loss": np.float32(0.5)}]
+    batch.learned(0, measured)
+    update = batch.report(measured, {})
+    own = [(logp_BT * parts[0]["mask_BT"])[row].sum() for row in range(4)]
+    weight = [1.0, 1.0, *(min(np.exp(own[2 + j] - stale[1].group.logps[j].sum()), 2.0) for j in range(2))]
+    assert update.metrics["staleness_max"] == 2
+    assert update.metrics["staleness_mean"] == 1
+    assert update.metrics["importance_weight_mean"] == pytest.approx(np.mean(weight), rel=1e-5)
+    assert update.metrics["importance_weight_min"] == pytest.approx(min(weight), rel=1e-5)
+    assert update.metrics["importance_effective_fraction"] == pytest.approx(sum(weight) ** 2 / 4 / np.square(weight).sum())
+    fresh, old = update.groups
+    np.testing.assert_allclose(fresh.logp_G, own[:2], rtol=1e-5)
+    assert fresh.mismatch_G[0] == pytest.approx(
+        np.abs((logp_BT * parts[0]["mask_BT"])[0][4:6] - stale[0].group.logps[0]).max(), rel=1e-5
+    )
+    assert np.isnan(old.mismatch_G).all()
+    assert np.isnan(fresh.ref_logp_G).all()
+    np.testing.assert_allclose(fresh.advantage_G, [1, -1])
+    assert fresh.counted_G.all()

@@ -93,6 +93,14 @@ def test_work_is_shared_in_order() -> None:
     assert three.map("work", [], []) == []
 
 
+@pytest.mark.parametrize(("count", "expected"), [(7, [3, 3, 1]), (3, [1, 1, 1]), (2, [1, 1]), (4, [2, 2]), (0, [])])
+def test_the_cut_depends_on_counts_alone(count: int, expected: list[int]) -> None:
+    """Guards reproducibility: contiguous shares in order, every item once, nobody called with nothing."""
+    three = pool(*(Failing(f"a-{i}", ()) for i in range(3)))
+    three.prepare("load", 1)
+    assert [len(part) for part in three.map("work", range(count), range(count))] == expected
+
+
 def test_a_lost_share_is_done_again_by_a_prepared_actor() -> None:
     """Guards rewards against a death in the middle: same answers, and nobody works before it was prepared anew."""
     two = pool(Failing("a-0", (0,)), Failing("a-1", ()))
@@ -162,9 +170,16 @@ def test_actors_join_and_leave() -> None:
     some = pool(Failing("a-0", ()))
     some.prepare("load", 2)
     some.add(Failing("a-1", ()))
-    assert [x for part in some.map("work", range(4), range(4)) for x in part] == [0, 3, 6, 9]
+    assert some.joined("a-1")
+    for _ in range(2):
+        assert [x for part in some.map("work", range(4), range(4)) for x in part] == [0, 3, 6, 9]
+    mine = [event for event in names() if event[0] == "a-1"]
+    assert mine[:2] == [("a-1", "load"), ("a-1", "work")]
+    some.retire("a-0")
+    before = len(Scale.events)
     some.map("work", range(4), range(4))
-    assert [event for event in names() if event[0] == "a-1"] == [("a-1", "load"), ("a-1", "work")]
+    assert Scale.events[before:] == [("a-1", "work", [0, 1, 2, 3])]
+    assert some.idle("a-0")
     assert some.remove("a-0").name == "a-0"
     some.map("work", range(4), range(4))
     assert names()[-1] == ("a-1", "work")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from actors.host import InlineHandle, call
-from actors.sampler import Committee, PolicySpec, Sampler
+from actors.sampler import Acknowledged, Committee, PolicySpec, Sampler, UnacknowledgedError
 from actors.streams import InlineStreamingHandle, items
-from actors.weights import WeightStore, deliver
+from actors.weights import WeightStore
 from afm_rl.types import GenerationRequest, Group, Refused
 from afm_rl.weights import DigestMismatchError
 from tests.actors.toy_policy import CONFIG, ENGINE, SPEC, damaged, not_finite, request, weights
@@ -38,8 +38,9 @@ def test_a_sampler_without_weights_refuses() -> None:
     actor = sampler()
     with pytest.raises(RuntimeError, match="'sft', but no weights of it were delivered here; held: none"):
         actor.answer("sft", [REQUEST])
-    for bad in (damaged(weights("sft", 1)), not_finite("sft", 1)):
-        with pytest.raises(ValueError, match="policy 'sft' version 1"):
+    unversioned = dataclasses.replace(weights("sft", 1), version=-1)
+    for bad in (damaged(weights("sft", 1)), not_finite("sft", 1), unversioned):
+        with pytest.raises(ValueError, match=r"policy 'sft' (version 1|have version -1)"):
             actor.load(bad, SPEC)
         assert actor.members() == []
         with pytest.raises(RuntimeError, match="held: none"):
@@ -50,10 +51,11 @@ def test_a_sampler_acknowledges_and_stamps() -> None:
     """Guards staleness: the digest that comes back is that of the bytes, the answers carry policy and version."""
     actor = sampler()
     first, second = weights("mdloo", 1), weights("mdloo", 2, seed=1)
-    assert actor.load(first, SPEC) == actor.digest("mdloo") == first.digest
+    assert [actor.load(first, SPEC)] == actor.held() == [Acknowledged("mdloo", 1, first.digest)]
     [before] = groups(actor, "mdloo", REQUEST)
     assert (before.id, before.policy, before.version) == ("r", "mdloo", 1)
-    assert actor.load(second, SPEC) == actor.digest("mdloo") == second.digest != first.digest
+    assert [actor.load(second, SPEC)] == actor.held() == [Acknowledged("mdloo", 2, second.digest)]
+    assert second.digest != first.digest
     [after] = groups(actor, "mdloo", REQUEST)
     assert after.version == 2
     assert before.responses[0].tolist() != after.responses[0].tolist()
@@ -72,7 +74,7 @@ def test_weights_it_will_not_take_leave_the_last_good_ones() -> None:
         actor.load(not_finite("mdloo", 2), dataclasses.replace(SPEC, stop_ids=(4,)))
     assert groups(actor, "mdloo", REQUEST)[0].version == 1
     assert tokens(actor, "mdloo") == whole
-    assert actor.digest("mdloo") == weights("mdloo", 1).digest
+    assert actor.held() == [Acknowledged("mdloo", 1, weights("mdloo", 1).digest)]
 
 
 def test_a_sampler_follows_one_policy() -> None:
@@ -170,24 +172,47 @@ def test_a_reader_that_goes_away_leaves_nothing_behind() -> None:
     assert tokens(actor, "sft") == tokens(actor, "sft")
 
 
-def test_one_started_anew_takes_its_weights_from_the_store() -> None:
-    """Guards a restart: sampler and committee come back with what they were last given, and answer alike."""
+def started_anew() -> tuple[InlineHandle, InlineStreamingHandle, InlineStreamingHandle]:
+    """A store, a sampler and a committee that have been given weights and were then lost."""
     store = InlineHandle("weights", WeightStore, {})
     told = {"engine": ENGINE, "store": store}
     follower = InlineStreamingHandle("sampler-0", Sampler, {**told, "name": "sampler-0"})
     members = InlineStreamingHandle("committee-0", Committee, {**told, "name": "committee-0"})
-    digests = {name: call(store, "publish", weights(name, 1, seed=seed)) for seed, name in enumerate(("sft", "dpo"))}
-    for name, digest in digests.items():
-        deliver(store, [follower], name, SPEC, digest=digest)
-        deliver(store, [members], name, SPEC, digest=digest, beside=["sft"])
-
-    def answers(handle: InlineStreamingHandle, policy: str) -> list[int]:
-        [one] = items(handle.stream("answer", policy, [REQUEST]))
-        return one.result.responses[0].tolist()
-
-    before = [answers(follower, "dpo"), answers(members, "sft"), answers(members, "dpo")]
+    for seed, name in enumerate(("sft", "dpo")):
+        digest = call(store, "publish", weights(name, 1, seed=seed))
+        call(store, "assign", ["sampler-0"], name, SPEC, digest=digest)
+        call(store, "assign", ["committee-0"], name, SPEC, digest=digest, beside=["sft"])
     for handle in (follower, members):
         handle.end()
-    assert call(follower, "digest", "dpo") == digests["dpo"]
-    assert (call(follower, "members"), call(members, "members")) == (["dpo"], ["dpo", "sft"])
-    assert [answers(follower, "dpo"), answers(members, "sft"), answers(members, "dpo")] == before
+    return store, follower, members
+
+
+def test_one_started_anew_takes_its_weights_from_the_store() -> None:
+    """Guards a restart: sampler and committee come back with what they were last given, and answer alike."""
+    _, follower, members = started_anew()
+    assert [[one.policy for one in call(handle, "held")] for handle in (follower, members)] == [["dpo"], ["sft", "dpo"]]
+    for handle, policy, seed in ((follower, "dpo", 1), (members, "sft", 0), (members, "dpo", 1)):
+        [one] = items(handle.stream("answer", policy, [REQUEST]))
+        fresh = sampler()
+        fresh.load(weights(policy, 1, seed=seed), SPEC)
+        assert one.result.responses[0].tolist() == tokens(fresh, policy)
+
+
+def test_one_started_anew_answers_nobody_before_it_has_said_what_it_holds() -> None:
+    """Guards against a restart that nobody has noticed: no token before the weights were acknowledged."""
+    _, follower, _ = started_anew()
+    with pytest.raises(UnacknowledgedError, match="asked for policy 'dpo' by someone who does not know"):
+        list(items(follower.stream("answer", "dpo", [REQUEST])))
+    call(follower, "held")
+    assert len(list(items(follower.stream("answer", "dpo", [REQUEST])))) == 1
+
+
+def test_one_started_anew_comes_back_without_what_it_cannot_load() -> None:
+    """Guards a restart against weights that nobody can load: it says that it does not hold them, and can be given others."""
+    store, follower, _ = started_anew()
+    digest = call(store, "publish", not_finite("mdloo", 3))
+    call(store, "assign", ["sampler-0"], "mdloo", SPEC, digest=digest)
+    follower.end()
+    assert call(follower, "held") == []
+    good = weights("mdloo", 4)
+    assert call(follower, "load", good, SPEC) == Acknowledged("mdloo", 4, good.digest)

@@ -14,11 +14,12 @@ import jax
 import numpy as np
 import pytest
 
-from actors.dispatch import DispatchOptions, generate, generate_all
+from actors.dispatch import Dispatch, DispatchOptions
 from actors.host import Handle, Host, RayHandle, call, gather
-from actors.sampler import PolicySpec, Sampler
+from actors.roster import Roster
+from actors.sampler import Acknowledged, PolicySpec, Sampler
 from actors.streams import CONCURRENCY_GROUPS, RayStreamingHandle, items
-from actors.weights import WeightStore, deliver
+from actors.weights import WeightStore
 from afm_rl.config import ModelConfig
 from afm_rl.generation.options import EngineOptions
 from afm_rl.parameters import ParamSpec, param_specs
@@ -102,6 +103,17 @@ def start_samplers(of: str, count: int, engine: EngineOptions) -> tuple[Handle, 
     return store, samplers
 
 
+def give(
+    store: Handle, samplers: Sequence[RayStreamingHandle], digest: str, spec: PolicySpec = SPEC, **options: Any
+) -> None:
+    """The store's newest weights, to all of them."""
+    version = call(store, "versions", "mdloo")[-1]
+    roster = Roster(samplers, store)
+    roster.give("mdloo", version, spec, digest=digest, **options)
+    assert roster.sync("mdloo").in_sync
+    return roster
+
+
 def prompts(count: int, tokens: int) -> list[GenerationRequest]:
     """Some share their first page, all have seeds of their own."""
     rng = np.random.default_rng(5)
@@ -128,21 +140,24 @@ def test_a_sampler_killed_in_the_middle_changes_nothing() -> None:
     publisher = start("killed-learner", Publisher, {})
     digest = call(store, "publish", publisher.submit("publish", 3))
     os.kill(call(publisher, "pid"), signal.SIGKILL)
-    deliver(store, samplers, "mdloo", SPEC, digest=digest)
+    roster = give(store, samplers, digest)
     requests, options = prompts(24, tokens=150), DispatchOptions(window=10)
-    undisturbed = generate_all(samplers, requests, policy="mdloo", options=options)
+
+    def generate() -> Iterator[tuple[int, Group]]:
+        return Dispatch(roster, requests, policy="mdloo", options=options).groups()
+
+    undisturbed = dict(generate())
     pids = [call(sampler, "pid") for sampler in samplers]
-    found: dict[str, Group] = {}
-    for group in generate(samplers, requests, policy="mdloo", options=options):
-        assert isinstance(group, Group)
-        assert group.id not in found
-        found[group.id] = group
+    found: dict[int, Group] = {}
+    for index, group in generate():
+        assert index not in found
+        found[index] = group
         if len(found) in (3, 14):
             os.kill(pids[0] if len(found) == 3 else pids[1], signal.SIGKILL)
-    assert_same([found[one.id] for one in requests], undisturbed)
+    assert_same(*([groups[index] for index in range(24)] for groups in (found, undisturbed)))
     gather([sampler.revive() for sampler in samplers], deadline_s=60)
     assert not set(pids) & {call(sampler, "pid") for sampler in samplers}
-    assert [call(sampler, "digest", "mdloo") for sampler in samplers] == [digest, digest]
+    assert [call(sampler, "held") for sampler in samplers] == [[Acknowledged("mdloo", 3, digest)]] * 2
 
 
 @pytest.mark.usefixtures("ray_here")
@@ -155,12 +170,12 @@ def test_weights_arrive_while_a_sampler_generates() -> None:
     for version in (1, 2):
         digest = call(store, "publish", make_weights(CONFIG, version))
         if version == 1:
-            deliver(store, [sampler], "mdloo", SPEC, digest=digest)
+            give(store, [sampler], digest)
             first = [replace(one, max_tokens=5) for one in prompts(1, 5)]
             stream = sampler.stream("answer", "mdloo", [*first, *prompts(3, tokens=400)])
             assert stream.next(120.0).result.version == 1
             assert call(sampler, "use").running > 0
-    deliver(store, [sampler], "mdloo", SPEC, digest=digest)
+    give(store, [sampler], digest)
     groups = [one.result for one in items(stream, deadline_s=120)]
     assert len(groups) == 3
     for group in groups:
@@ -183,14 +198,14 @@ def test_weights_are_held_once_beside_the_object_store() -> None:
     store, [sampler] = start_samplers("large", 1, EngineOptions(max_batch=2, max_context=64, kv_cache_bytes=2**21))
     pid, publisher = call(sampler, "pid"), start("large-learner", Publisher, {})
     size = call(publisher, "bytes", LARGE)
-    deliver(store, [sampler], "mdloo", SPEC, digest=call(store, "publish", make_weights(CONFIG, 0)))
+    give(store, [sampler], call(store, "publish", make_weights(CONFIG, 0)))
     list(items(sampler.stream("answer", "mdloo", prompts(1, tokens=4)), deadline_s=120))
     before = resident(pid, "RssAnon")
     taken = []
     for version in range(1, 5):
         published = publisher.submit("publish", version, LARGE)
         digest = call(store, "publish", published)
-        deliver(store, [sampler], "mdloo", spec, digest=digest, made_by=published)
+        give(store, [sampler], digest, spec, made_by=published)
         list(items(sampler.stream("answer", "mdloo", prompts(1, tokens=4)), deadline_s=120))
         taken.append((resident(pid, "RssAnon") - before) / size)
     print(f"private memory after each update of {size / 1e6:.0f} MB, in copies of it: {[round(one, 2) for one in taken]}")

@@ -1,17 +1,17 @@
-"""The weight store and delivery: what is current is held, and no more; a receiver that disagrees stops the run."""
+"""The weight store: what is current is held, and no more; who was given what, acknowledged or not."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from actors.host import ActorLostError, InlineHandle, call
+from actors.host import InlineHandle, call
 from actors.sampler import PolicySpec
-from actors.streams import InlineStreamingHandle
-from actors.weights import WeightsOutOfSyncError, WeightsRefusedError, WeightStore, deliver, publish_folder
+from actors.weights import WeightsOutOfSyncError, WeightStore, publish_folder
 from afm_rl.config import ModelConfig
 from afm_rl.huggingface import save_pretrained
 from afm_rl.parameters import ParamSpec, param_specs
@@ -26,33 +26,14 @@ def weights(policy: str, version: int, value: float = 0.0) -> Weights:
     return flatten({"x": np.full(4, value, np.float32)}, policy=policy, version=version)
 
 
-class Receiver:
-    """Acknowledges what it got, or always the same."""
-
-    events: list[tuple[str, str, int]] = []  # noqa: RUF012 (shared on purpose: the order over all receivers)
-
-    def __init__(self, *, name: str, answers: str | None = None) -> None:
-        self._name, self._answers = name, answers
-
-    def load(self, weights: Weights, spec: PolicySpec) -> str:
-        assert spec is SPEC
-        self.events.append((self._name, weights.policy, weights.version))
-        return self._answers or weights.digest
+def give(store: WeightStore, receivers: list[str], policy: str, digest: str, beside: Sequence[str] = ()) -> None:
+    store.assign(receivers, policy, SPEC, digest=digest, beside=beside)
+    store.settle(receivers)
 
 
-def receivers(*answers: str | None) -> list[InlineStreamingHandle]:
-    Receiver.events = []
-    return [
-        InlineStreamingHandle(f"sampler-{i}", Receiver, {"name": str(i), "answers": answer})
-        for i, answer in enumerate(answers)
-    ]
-
-
-def store_with(*published: Weights) -> InlineHandle:
-    handle = InlineHandle("weights", WeightStore, {})
-    for w in published:
-        handle.submit("publish", w)
-    return handle
+def version_of(store: WeightStore, receiver: str) -> int:
+    [(found, _)] = store.assigned(receiver)
+    return found.version
 
 
 def test_the_newest_version_is_held() -> None:
@@ -110,99 +91,62 @@ def test_a_folder_is_read_once_per_version(tmp_path: Path) -> None:
     assert publish_folder(store, "sft", 1, tmp_path / "final") == digest(params)  # a folder of its own is another policy
 
 
-def test_delivery_reaches_everyone() -> None:
-    """Guards the online loop: each receiver loads the version the store holds, once."""
-    w = weights("mdloo", 4)
-    deliver(store_with(w), receivers(None, None), "mdloo", SPEC, digest=w.digest)
-    assert Receiver.events == [("0", "mdloo", 4), ("1", "mdloo", 4)]
-
-
-def test_delivery_raises_on_a_wrong_digest() -> None:
-    """Guards against training on the answers of other weights: the message names the receivers that disagree."""
-    w = weights("mdloo", 4)
-    with pytest.raises(WeightsOutOfSyncError, match=rf"'mdloo': sampler-1 did not acknowledge digest {w.digest[:12]}"):
-        deliver(store_with(w), receivers(None, "0badc0ffee"), "mdloo", SPEC, digest=w.digest)
-
-
-def test_delivery_raises_when_the_store_holds_another_version() -> None:
-    """Guards a publication that never arrived: receivers acknowledge the old bytes, which is not what was asked."""
-    old, new = weights("mdloo", 4), weights("mdloo", 5, 1.0)
-    with pytest.raises(WeightsOutOfSyncError, match="sampler-0"):
-        deliver(store_with(old), receivers(None), "mdloo", SPEC, digest=new.digest)
-
-
 def test_the_store_holds_what_is_in_use_and_no_more() -> None:
     """Guards its memory, and a receiver that is started anew: it is told what it was last given."""
     store = WeightStore()
-    for name in ("sft", "dpo", "mdloo"):
-        store.publish(weights(name, 1))
+    digests = {name: store.publish(weights(name, 1, value)) for value, name in enumerate(("sft", "dpo", "mdloo"))}
     samplers, committee = ["sampler-0", "sampler-1"], ["committee-0"]
-    store.assign(samplers, "sft", SPEC)
-    store.assign(committee, "sft", SPEC)
-    store.assign(committee, "dpo", SPEC, ["sft"])
+    give(store, samplers, "sft", digests["sft"])
+    give(store, committee, "sft", digests["sft"])
+    give(store, committee, "dpo", digests["dpo"], beside=["sft"])
     assert [w.policy for w, _ in store.assigned("committee-0")] == ["sft", "dpo"]
-    store.assign(samplers, "mdloo", SPEC)
+    give(store, samplers, "mdloo", digests["mdloo"])
     assert [(w.policy, spec) for w, spec in store.assigned("sampler-1")] == [("mdloo", SPEC)]
     assert store.policies() == ["dpo", "mdloo", "sft"]
     store.release(committee)
     assert store.policies() == ["mdloo"]
     assert store.assigned("committee-0") == store.assigned("nobody") == []
-    store.publish(weights("mdloo", 2, 1.0))
-    assert store.assigned("sampler-0")[0][0].version == 2  # what is published is about to be delivered
     store.forget("mdloo")
     assert store.assigned("sampler-0") == []
-    store.publish(weights("mdloo", 1))  # a learner that went back behind what was published
+    store.publish(weights("mdloo", 0))  # a learner that went back behind what was published
 
 
-class Returned(Receiver):
-    """Takes from the store what it was last given, whenever it starts."""
-
-    def __init__(self, *, name: str, store: InlineHandle) -> None:
-        super().__init__(name=name)
-        self._given = call(store, "assigned", f"sampler-{name}")
-        self.events.append((name, "started", len(self._given)))
-
-    def digest(self, policy: str) -> str:
-        return {w.policy: w.digest for w, _ in self._given}[policy]
-
-
-class DyingHandle(InlineStreamingHandle):
-    """Its process dies over `load`."""
-
-    def submit(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return Lost() if method == "load" else super().submit(method, *args, **kwargs)
-
-    def revive(self) -> Any:
-        self.end()
-        return self.ping()
+def test_one_that_returns_gets_what_it_was_given_not_what_is_newest() -> None:
+    """Guards the moment between publishing and giving: a sampler that is started anew then must not run ahead, and weights
+    that somebody still has to acknowledge are not freed for those who already have newer ones."""
+    store = WeightStore()
+    digests = [store.publish(weights("mdloo", 1, 1.0))]
+    give(store, ["a", "b"], "mdloo", digests[0])
+    for version in (2, 3, 4):
+        digests.append(store.publish(weights("mdloo", version, version)))
+        assert version_of(store, "b") == version - 1
+        store.assign(["a", "b"], "mdloo", SPEC, digest=digests[-1])
+        store.settle(["a"])  # b is away, and acknowledges nothing
+        assert (version_of(store, "a"), version_of(store, "b")) == (version, version)
+        assert store.versions("mdloo") == [1, version]
+    store.settle(["b"])
+    assert store.versions("mdloo") == [4]
 
 
-class Lost:
-    what = "sampler-1.load"
-
-    def result(self, timeout_s: float) -> Any:
-        raise ActorLostError(f"its process is gone, not {timeout_s:.0f} s late")
-
-
-def test_a_receiver_that_dies_over_its_weights_returns_with_them() -> None:
-    """Guards the order: what a receiver is given is noted before it is given, so that no moment of its death loses it."""
-    w = weights("mdloo", 4)
-    store, [other] = store_with(w), receivers(None)
-    dying = DyingHandle("sampler-1", Returned, {"name": "1", "store": store})
-    deliver(store, [other, dying], "mdloo", SPEC, digest=w.digest)
-    assert Receiver.events == [("1", "started", 0), ("0", "mdloo", 4), ("1", "started", 1)]
+def test_what_was_refused_is_not_assigned() -> None:
+    """Guards a return after a refusal: the weights that were acknowledged before, not the ones nobody can load."""
+    store = WeightStore()
+    give(store, ["a"], "mdloo", store.publish(weights("mdloo", 1, 1.0)))
+    bad = store.publish(weights("mdloo", 2, np.nan))
+    store.assign(["a"], "mdloo", SPEC, digest=bad)
+    store.withdraw(["a"])
+    assert version_of(store, "a") == 1
+    store.publish(weights("mdloo", 3, 3.0))
+    assert store.versions("mdloo") == [1, 3]
+    assert version_of(store, "a") == 1
 
 
-class Refusing(Receiver):
-    def load(self, weights: Weights, spec: PolicySpec) -> str:  # noqa: ARG002 (the face of a sampler)
-        raise ValueError(f"weights of policy {weights.policy!r} hold values that are not finite")
-
-
-def test_weights_that_are_refused_are_one_error_with_a_name() -> None:
-    """Guards diagnosis: who refused, and why, in one line."""
-    w = weights("mdloo", 4)
-    refusing = InlineStreamingHandle("sampler-1", Refusing, {"name": "1"})
-    with pytest.raises(
-        WeightsRefusedError, match="sampler-1 goes on without the new weights: weights of policy 'mdloo' hold"
-    ):
-        deliver(store_with(w), [*receivers(None), refusing], "mdloo", SPEC, digest=w.digest)
+def test_what_is_not_there_cannot_be_given() -> None:
+    """Guards a publication that never arrived."""
+    store = WeightStore()
+    old, new = weights("mdloo", 4), weights("mdloo", 5, 1.0)
+    for held in ("none", f"digest {old.digest[:12]} of version 4"):
+        with pytest.raises(WeightsOutOfSyncError, match=f"the weight store holds {held}, not digest {new.digest[:12]}"):
+            store.assign(["a"], "mdloo", SPEC, digest=new.digest)
+        store.publish(old)
+    assert store.assigned("a") == []

@@ -2,7 +2,8 @@
 
 The policy writes up to three tokens of {0 = end, 1, 2}; its 15 sequences are the whole sample space, so that
 expectations are sums. Psi and its gradient (central differences) are plain NumPy and share no code with what is tested.
-The wrong estimators that look right (token-level ratios, k3, GSPO's ratio, length averaging) are shown to miss.
+Both forms of the KL are compared. The wrong estimators that look right (token-level ratios, k3, GSPO's ratio, length
+averaging) are shown to miss.
 """
 
 from __future__ import annotations
@@ -85,6 +86,12 @@ def length_average(logp: jax.Array, behavior: jax.Array, advantage: np.ndarray, 
     return ours(logp, behavior, advantage, mask, gamma) * (mask.sum(1).mean() / mask.sum(1))[:, None]
 
 
+def token_kls(theta: jax.Array) -> jax.Array:
+    """[NUM, 4]: KL(pi_theta || pi_k) of the distribution that each token is drawn from; arbitrary outside the mask."""
+    logp, behavior = (jax.nn.log_softmax(2.0 * jnp.tanh(MIXING @ x)) for x in (theta, THETA_K))
+    return (jnp.exp(logp) * (logp - behavior)).sum(-1)[STATES] + 7.0 * (MASK == 0)
+
+
 @partial(jax.jit, static_argnames="slope")
 def expected_slope(slope: Slope, theta: jax.Array, k: jax.Array, gamma: float) -> jax.Array:
     logp, pull_back = jax.vjp(token_logps, theta)
@@ -92,28 +99,74 @@ def expected_slope(slope: Slope, theta: jax.Array, k: jax.Array, gamma: float) -
     return pull_back(k[:, None] * per_sequence)[0]
 
 
-def expected_gradient(slope: Slope, theta: np.ndarray, gamma: float) -> np.ndarray:
-    """The estimator's expectation over y ~ pi_k, with the exact advantage: every sequence, weighted by pi_k."""
+@jax.jit
+def full_slope(theta: jax.Array, k: jax.Array, gamma: float) -> jax.Array:
+    def loss(theta: jax.Array) -> jax.Array:
+        of_all = {"logp_BT": token_logps(theta), "kl_BT": token_kls(theta), "mask_BT": MASK, "weight_B": NUM * k}
+        behavior = token_logps(jnp.asarray(THETA_K))
+        return mdloo_loss(**of_all, behavior_logp_BT=behavior, advantage_B=REWARD - k @ REWARD, gamma=gamma)[0]
+
+    return jax.grad(loss)(theta)
+
+
+def expected_gradient(slope: Slope | None, theta: np.ndarray, gamma: float) -> np.ndarray:
+    """The estimator's expectation over y ~ pi_k, with the exact advantage: every sequence, weighted by pi_k.
+
+    `slope` None: the full-vocabulary form.
+    """
     with jax.enable_x64(True):
-        return -np.asarray(expected_slope(slope, theta, probabilities(THETA_K), gamma))
+        k = probabilities(THETA_K)
+        return -np.asarray(full_slope(theta, k, gamma) if slope is None else expected_slope(slope, theta, k, gamma))
 
 
 def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
-@pytest.mark.parametrize(("distance", "gamma"), [(0.0, 1.0), (0.1, 0.0), (0.1, 1.0), (0.3, 0.1), (0.3, 1.0), (1.0, 0.5)])
-def test_gradient_is_exactly_eq_9(distance: float, gamma: float) -> None:
-    """Guards the objective itself, at theta_k, near it and far from it."""
+FORMS = pytest.mark.parametrize("form", [ours, None], ids=["sampled", "full"])
+
+
+@FORMS
+@pytest.mark.parametrize(
+    ("distance", "gamma"), [(0.0, 1.0), (0.1, 0.0), (0.1, 1.0), (0.3, 0.1), (0.3, 1.0), (1.0, 0.5), (-1.0, 0.5)]
+)
+def test_gradient_is_exactly_eq_9(form: Slope | None, distance: float, gamma: float) -> None:
+    """Guards the objective itself, in both forms: at theta_k, near it and so far that a ratio exceeds e^3."""
     theta = THETA_K + distance * DIRECTION
-    assert relative_error(expected_gradient(ours, theta, gamma), exact_gradient(theta, gamma)) < 1e-6
+    assert relative_error(expected_gradient(form, theta, gamma), exact_gradient(theta, gamma)) < 1e-6
+    assert distance >= 0 or (probabilities(theta) / probabilities(THETA_K)).max() > np.exp(3)
 
 
+@pytest.mark.parametrize("distance", [0.3, 1.0, -1.0])
 @pytest.mark.parametrize("wrong", [token_ratio, k3, gspo, length_average])
-def test_the_usual_wrong_estimators_are_biased(wrong: Slope) -> None:
+def test_the_usual_wrong_estimators_are_biased(wrong: Slope, distance: float) -> None:
     """Guards the test above: each of these misses the exact gradient by many times its tolerance."""
-    theta = THETA_K + 0.3 * DIRECTION
+    theta = THETA_K + distance * DIRECTION
     assert relative_error(expected_gradient(wrong, theta, 1.0), exact_gradient(theta, 1.0)) > 0.05
+
+
+def test_the_full_form_varies_less() -> None:
+    """Guards its reason to be: over samples of pi_k the gradient of the KL alone has a fraction of the variance."""
+    theta = THETA_K + 0.3 * DIRECTION
+
+    def of_one(theta: jax.Array, row: jax.Array, form: str) -> jax.Array:
+        logp, kl, behavior = token_logps(theta)[row][None], token_kls(theta)[row][None], token_logps(jnp.asarray(THETA_K))
+        known = {
+            "behavior_logp_BT": behavior[row][None],
+            "advantage_B": jnp.zeros(1),
+            "mask_BT": jnp.asarray(MASK)[row][None],
+        }
+        return mdloo_loss(logp_BT=logp, gamma=1.0, kl_BT=kl if form == "full" else None, **known)[0]
+
+    k = probabilities(THETA_K)
+    variance = {}
+    for form in ("sampled", "full"):
+        with jax.enable_x64(True):
+            slopes = np.asarray(
+                jax.jit(jax.vmap(jax.grad(partial(of_one, form=form)), in_axes=(None, 0)))(theta, np.arange(NUM))
+            )
+        variance[form] = (k @ np.square(slopes) - np.square(k @ slopes)).sum()
+    assert variance["full"] < 0.5 * variance["sampled"]
 
 
 def test_leave_one_out_estimator_is_unbiased() -> None:
@@ -198,6 +251,27 @@ def test_finite_far_from_theta_k(d: float, hits: int) -> None:
     assert values["d_max_hits"] == hits
     # minus exp(20) * (A - gamma * d) / N: the cap is on the ratio alone
     np.testing.assert_allclose(slope[1, 1], np.exp(20.0) * (1 + 0.3 * 200) / 2 if d > 0 else 0.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("d", [200.0, -200.0])
+def test_the_full_form_is_finite_far_from_theta_k(d: float) -> None:
+    """Guards the prefix ratio in float32, and at +200 a pull back through both of its factors."""
+    token, other = jnp.array([[0, 1, 0]]), jnp.array([[[0.0, 0, 0], [0, -d, 0], [0, 0, -40]]], jnp.float32)
+    behavior = jax.nn.log_softmax(other)
+
+    def loss(logits: jax.Array) -> jax.Array:
+        logp = jax.nn.log_softmax(logits)
+        kl = (jnp.exp(logp) * (logp - behavior)).sum(-1)
+        picked, old = (jnp.take_along_axis(of, token[..., None], axis=-1)[..., 0] for of in (logp, behavior))
+        mask, advantage = jnp.array([[0.0, 1, 1]]), jnp.zeros(1)
+        return mdloo_loss(logp_BT=picked, behavior_logp_BT=old, advantage_B=advantage, mask_BT=mask, gamma=1.0, kl_BT=kl)[0]
+
+    slope = np.asarray(jax.jit(jax.grad(loss))(jnp.zeros((1, 3, 3), jnp.float32)))
+    assert np.isfinite(slope).all()
+    assert not slope[0, 0].any()
+    assert d < 0 or slope[0, 1, 1] > 1e6  # through the ratio before token 2, cut at e^20
+    assert d < 0 or slope[0, 2, 2] > 1e6  # through the KL at token 2
+    assert slope[0, 1].any()
 
 
 def test_metrics_by_hand() -> None:

@@ -37,12 +37,12 @@ def message(tmp_path: Path, text: str, *overrides: str) -> str:
     return str(caught.value).replace(f"{tmp_path}/", "")
 
 
-@pytest.mark.parametrize("name", ["local", "smoke"])
+@pytest.mark.parametrize("name", [path.stem for path in TOPOLOGIES.glob("*.yaml")])
 def test_shipped_files_load_and_survive_a_round_trip(name):
-    """The files users launch are valid, name every stage there is, and `resolved` loses nothing."""
+    """The files users launch are valid, and `resolved` loses nothing; smoke.yaml has every stage there is."""
     topology = load_topology(TOPOLOGIES / f"{name}.yaml")
     assert topology.name == name
-    assert set(topology.stage_names) == set(STAGES)
+    assert set(topology.stage_names) == set(STAGES) or name != "smoke"
     assert parse_topology(topology.to_yaml()) == topology
     assert parse_topology(topology.to_yaml()).to_yaml() == topology.to_yaml()
 

@@ -18,19 +18,19 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from actors.host import call
 from actors.jobs import OnlineSettings, TrainingJob
-from actors.reward import RewardSpec
 from afm_rl.errors import UserError
 from afm_rl.generate import request_seed
 from afm_rl.recipe import OptimizerSpec
-from afm_rl.types import GenerationRequest, PolicyUpdate, Prompt, ScoredGroup
+from afm_rl.types import GenerationRequest, Group, PolicyUpdate, Prompt, ScoredGroup
 from topologies.online.buffer import GroupBuffer
 from topologies.online.ledger import Ledger, consumed_below
 from topologies.online.producer import Producer, Sources, Spent
@@ -72,8 +72,12 @@ def train_online(
 
     def work() -> None:
         loop = _Loop(ctx, options, stage=stage, start=start, policy=policy)
-        folder = None if reward_model is None else str(reward_model.folder)
-        ctx.rewards.load(RewardSpec(str(ctx.tokenizer_folder), folder, options.reward.model_dump()))
+        spec = options.reward.spec(
+            tokenizer_folder=str(ctx.tokenizer_folder),
+            model_folder=None if reward_model is None else str(reward_model.folder),
+            max_tokens=options.max_tokens,
+        )
+        ctx.rewards.load(spec)
 
         def from_iteration(first: int) -> None:
             loop.run(first)
@@ -176,14 +180,31 @@ class _Loop:
         ctx = self._ctx
         return Sources(
             tickets=self._tickets,
-            request=self._request,
-            answers=lambda requests: ctx.samplers.answers(self._policy.name, requests),
+            sample=self._sample,
             score=ctx.rewards.score,
             text=lambda tokens: ctx.tokenizer.decode(tokens.tolist()),
         )
 
     def _tickets(self, iteration: int) -> list[Ticket]:
         return tickets_of(iteration, self._prompts, count=self._options.prompts, seed=self._seed)
+
+    def _sample(self, tickets: Sequence[Ticket]) -> Generator[Group | ScoredGroup, None, None]:
+        """Responses to tickets, or episodes of the environment, which pays for them."""
+        ctx, options, name = self._ctx, self._options, self._policy.name
+        if options.environment is None:
+            yield from ctx.samplers.answers(name, [self._request(ticket) for ticket in tickets])
+            return
+        yield from options.environment.episodes(
+            partial(ctx.samplers.answer, name),
+            [dataclasses.replace(ticket.prompt, id=ticket.id) for ticket in tickets],
+            host=options.environment.host(),
+            tokenizer=ctx.tokenizer,
+            responses=options.responses,
+            max_tokens=options.max_tokens,
+            max_context=ctx.context_tokens,
+            temperature=options.temperature,
+            seed=self._seed,
+        )
 
     def _request(self, ticket: Ticket) -> GenerationRequest:
         return GenerationRequest(

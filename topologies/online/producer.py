@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from actors.host import DeadlineError
-from afm_rl.types import GenerationRequest, Group, Prompt, ScoredGroup
+from afm_rl.types import Group, Prompt, ScoredGroup
 from topologies.online.buffer import GroupBuffer
 from topologies.online.ledger import Ledger
 from topologies.online.rollouts import Rollout, RolloutFiles
@@ -34,9 +34,8 @@ class Sources:
     """Where groups come from: the verbs that the producer needs of the system, so that tests can bring their own."""
 
     tickets: Callable[[int], Sequence[Ticket]]
-    request: Callable[[Ticket], GenerationRequest]
-    answers: Callable[[Sequence[GenerationRequest]], Generator[Group, None, None]]
-    score: Callable[[Sequence[Group], Sequence[Prompt]], Sequence[ScoredGroup]]
+    sample: Callable[[Sequence[Ticket]], Generator[Group | ScoredGroup, None, None]]  # scored: by an environment
+    score: Callable[[Sequence[Group | ScoredGroup], Sequence[Prompt]], Sequence[ScoredGroup]]
     text: Callable[[np.ndarray], str]
 
 
@@ -138,8 +137,7 @@ class Producer:
     def _make(self, iteration: int, tickets: Sequence[Ticket]) -> bool:
         self._ledger.issued(iteration, tickets, self._version)
         by_id = {ticket.id: ticket for ticket in tickets}
-        groups = self._sources.answers([self._sources.request(ticket) for ticket in tickets])
-        waiting: list[Group] = []
+        groups, waiting = self._sources.sample(tickets), list[Group | ScoredGroup]()
         left, since_s = len(tickets), time.perf_counter()
         with contextlib.closing(groups):
             for group in groups:
@@ -153,14 +151,15 @@ class Producer:
                     return False
         return True
 
-    def _finish(self, iteration: int, groups: Sequence[Group], by_id: dict[str, Ticket]) -> None:
+    def _finish(self, iteration: int, groups: Sequence[Group | ScoredGroup], by_id: dict[str, Ticket]) -> None:
         """Rewards for groups, and the groups to the disk and into the buffer."""
         began_s = time.perf_counter()
-        scored = self._sources.score(groups, [by_id[group.id].prompt for group in groups])
+        prompts = [by_id[(one.group if isinstance(one, ScoredGroup) else one).id].prompt for one in groups]
+        scored = self._sources.score(groups, prompts)
         rollouts = [self._rollout(by_id[one.group.id], one) for one in scored]
         self._files.add(iteration, rollouts)
-        self._ledger.finished(iteration, [group.id for group in groups])
-        tokens = sum(len(response) for group in groups for response in group.responses)
+        self._ledger.finished(iteration, [one.group.id for one in scored])
+        tokens = sum(len(response) for one in scored for response in one.group.responses)
         self._add(iteration, reward_s=time.perf_counter() - began_s, tokens=tokens)
         self._buffer.offer(iteration, rollouts)
 

@@ -10,8 +10,6 @@ from pathlib import Path
 import msgpack
 import numpy as np
 
-from actors.host import gather, spread
-from actors.reward import RewardSpec
 from afm_rl.types import Demonstration, Pair, Prompt
 from topologies.stage_options import RewardWeights
 from topologies.stages.context import Context, Policy
@@ -85,9 +83,7 @@ def best_answers(
     """The response with the highest reward for each prompt, over all members."""
     candidates = [[text for texts in by_member.values() for text in texts] for by_member in answers]
     _load(ctx, reward_model, weights)
-    shares = zip(spread(ctx.system.rewards, prompts), spread(ctx.system.rewards, candidates), strict=True)
-    pending = [handle.submit("rerank", asked, texts) for (handle, asked), (_, texts) in shares]
-    picked = [i for part in gather(pending) for i in part]
+    picked = ctx.rewards.rerank(prompts, candidates)
     return [texts[i] for texts, i in zip(candidates, picked, strict=True)]
 
 
@@ -124,14 +120,12 @@ def _rewards(
 ) -> list[np.ndarray]:
     flat = [_tokens(ctx, p, t) for p, ts in zip(prompts, texts, strict=True) for t in ts]
     _load(ctx, reward_model)
-    shares = spread(ctx.system.rewards, flat)
-    scores = np.concatenate([s.reward_B for s in gather([h.submit("sequence_scores", x) for h, x in shares])])
-    return np.split(scores, np.cumsum([len(ts) for ts in texts])[:-1])
+    return np.split(ctx.rewards.sequence_scores(flat).reward_B, np.cumsum([len(ts) for ts in texts])[:-1])
 
 
 def _load(ctx: Context, reward_model: Policy, weights: RewardWeights = LEARNED_ALONE) -> None:
-    spec = RewardSpec(str(ctx.tokenizer_folder), str(reward_model.folder), weights.model_dump())
-    gather([handle.submit("load", spec) for handle in ctx.system.rewards])
+    spec = weights.spec(tokenizer_folder=str(ctx.tokenizer_folder), model_folder=str(reward_model.folder))
+    ctx.rewards.load(spec)
 
 
 def _tokens(ctx: Context, prompt: Prompt, text: str) -> np.ndarray:

@@ -20,6 +20,7 @@ from actors.group import GroupHandle, GroupRestartedError
 from actors.host import call
 from actors.jobs import TrainingJob
 from actors.metrics import GOODPUT_STAGE, Metrics
+from actors.pool import Pool
 from actors.sampler import PolicySpec
 from actors.weights import publish_folder
 from afm_rl.data.dataset import Dataset
@@ -29,6 +30,7 @@ from afm_rl.huggingface import load_config
 from afm_rl.packing import Batch
 from afm_rl.tokenizer import Tokenizer
 from afm_rl.types import GenerationRequest, Group, Prompt
+from topologies.control import Control, Scalable
 from topologies.generators import Generators
 from topologies.journal import Journal
 from topologies.progress import ProgressView
@@ -74,7 +76,17 @@ class Context:
         actors, system = self.topology.actors, self.system
         self.samplers = Generators(system.samplers, system.store, actors.sampler)
         self.committee = Generators(system.committee, system.store, actors.committee)
-        self.rewards = Rewards(system.rewards)
+        self.rewards = Rewards(system.rewards, actors.reward)
+        limit_s, max_losses = actors.quantizer.call_deadline_s, actors.quantizer.max_restarts
+        self.quantizers = Pool("quantizer", system.quantizers, deadline_s=limit_s, max_losses=max_losses)
+        self.annotator = Pool("annotator", [system.annotator])
+        users: dict[str, Scalable] = {
+            "sampler": self.samplers.roster,
+            "committee": self.committee.roster,
+            "reward": self.rewards.pool,
+        }
+        self.control = Control(self.run, system, users)
+        self.samplers.between = self.committee.between = self.control.poll
 
     @property
     def seed(self) -> int:
@@ -192,6 +204,7 @@ class Context:
 
     def learner(self, method: str, *args: Any) -> Any:
         """One call of the learner, waited for as long as the topology allows."""
+        self.control.poll()
         return call(self.system.learner, method, *args, deadline_s=self.topology.actors.learner.call_deadline_s)
 
     def _learner_progressed(self) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from actors.host import call
 from afm_rl.data.preference_store import PreferenceStore
 from afm_rl.types import Pair, Preference, Prompt
 from topologies.online.curves import online_curves
@@ -142,7 +141,7 @@ def _annotate(ctx: Context, options: ItecStage, number: int, prompts: Sequence[P
         pairs = distinct_pairs(prompts, answers, per_prompt=options.pairs_per_prompt, seed=(ctx.seed, number))
         # Without ground truth the simulated annotator has nothing to judge by.
         pairs = [pair for pair in pairs if pair.prompt.checks and _fits(ctx, options, pair)]
-        preferences = call(ctx.system.annotator, "annotate", pairs)
+        preferences = [preference for part in ctx.annotator.map("annotate", pairs) for preference in part]
         PreferenceStore(ctx.run.preferences).add(f"itec-{number}", preferences)
         ctx.metrics.log(
             stage=STAGE, task="annotator", step=number, values={"pairs": len(pairs), "preferences": len(preferences)}

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from actors.host import call
 from actors.reward import RewardSpec
 from afm_rl.data.checks import is_checkable, passes
 from afm_rl.packing import Example
@@ -90,20 +89,19 @@ def win_rate(ctx: Context, measured: Measured, baseline: Measured, *, limit: int
         for prompt, ours, theirs in zip(prompts, measured.sampled_answers, baseline.sampled_answers, strict=True)
         if prompt.checks
     ]
-    outcomes = call(ctx.system.annotator, "compare", pairs)
+    outcomes = [outcome for part in ctx.annotator.map("compare", pairs) for outcome in part]
     return {name: sum(o == name for o in outcomes) / max(1, len(outcomes)) for name in ("win", "tie", "loss")}
 
 
 def mean_reward(ctx: Context, reward_model: Policy, measured: Measured, *, limit: int | None = None) -> float:
     """Mean learned reward of a policy's sampled answers to the held-out prompts."""
     prompts = ctx.data.eval_prompts[:limit]
-    spec = RewardSpec(str(ctx.tokenizer_folder), str(reward_model.folder), {"model": 1.0})
-    call(ctx.system.rewards[0], "load", spec)
+    ctx.rewards.load(RewardSpec(str(ctx.tokenizer_folder), str(reward_model.folder), {"model": 1.0}))
     sequences = [
         np.asarray(answer_example(ctx, p, a).tokens, np.int32)
         for p, a in zip(prompts, measured.sampled_answers, strict=True)
     ]
-    return float(call(ctx.system.rewards[0], "sequence_scores", sequences).reward_B.mean())
+    return float(ctx.rewards.sequence_scores(sequences).reward_B.mean())
 
 
 def answer_example(ctx: Context, prompt: Prompt, answer: str) -> Example:

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 from actors.artifacts import load_artifact, save_artifact
-from actors.host import gather, spread
 from actors.jobs import TrainingJob
 from actors.quantizer import PalettizeRequest
 from afm_rl.quantized import dequantize_params
@@ -182,8 +181,7 @@ def _candidates(
     """Every operation at every width, shared out among the quantizer actors."""
     requests = [PalettizeRequest(name, w, bits, fisher[name]) for name, w in weights.items() for bits in BIT_WIDTHS]
     with ctx.progress.task("palettize", total=len(requests)) as bar:
-        shares = spread(ctx.system.quantizers, requests)
-        done = [p for part in gather([h.submit("palettize", share) for h, share in shares]) for p in part]
+        done = [palettized for part in ctx.quantizers.map("palettize", requests) for palettized in part]
         bar.advance(len(requests))
     found: dict[str, dict[int, Palettized]] = {}
     for request, palettized in zip(requests, done, strict=True):

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from actors.host import call
 from actors.jobs import TrainingJob
 from actors.reward import RewardSpec
 from afm_rl.data.split import conversation_key, is_held_out
@@ -73,10 +72,10 @@ def reward_figures(ctx: Context, policy: Policy, held_out: Sequence[Preference],
     def work() -> dict[str, float | None]:
         if not held_out:
             return {"pairs": None, **dict.fromkeys(GRADINGS)}
-        call(ctx.system.rewards[0], "load", RewardSpec(str(ctx.tokenizer_folder), str(policy.folder), {"model": 1.0}))
+        ctx.rewards.load(RewardSpec(str(ctx.tokenizer_folder), str(policy.folder), {"model": 1.0}))
         rows = preference_rows(ctx.tokenizer, held_out, length=length)
         sequences = [t[:n] for t, n in zip(rows["tokens_BT"], rows["length_B"], strict=True)]
-        scores = call(ctx.system.rewards[0], "sequence_scores", sequences)
+        scores = ctx.rewards.sequence_scores(sequences)
         right = scores.reward_B[: len(held_out)] > scores.reward_B[len(held_out) :]
         levels = rows["level_B"]
         by_level = {name: float(right[levels == i].mean()) for i, name in enumerate(LEVELS) if (levels == i).any()}

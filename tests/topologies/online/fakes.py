@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from afm_rl.types import GenerationRequest, Group, Message, Prompt, ScoredGroup
+from afm_rl.types import Group, Message, Prompt, ScoredGroup
 from topologies.journal import Journal
 from topologies.online.buffer import GroupBuffer
 from topologies.online.ledger import Ledger
@@ -52,19 +52,13 @@ class Samplers:
         self.version, self.asked = -1, list[str]()
         self.die_after = die_after
 
-    def answers(self, requests: Sequence[GenerationRequest]) -> Generator[Group, None, None]:
+    def sample(self, tickets: Sequence[Ticket]) -> Generator[Group | ScoredGroup, None, None]:
         """One after the other, the last first."""
-        for request in reversed(requests):
+        for ticket in reversed(tickets):
             if self.die_after is not None and len(self.asked) >= self.die_after:
                 raise RuntimeError("no sampler is left")
-            self.asked.append(request.id)
-            prompt, number = request.id.split("@")
-            yield group(Ticket(int(number), PROMPTS[int(prompt[1:])]), self.version, responses=request.num_responses)
-
-
-def request(ticket: Ticket) -> GenerationRequest:
-    """Two responses."""
-    return GenerationRequest(ticket.id, np.array([1, 2], np.int32), num_responses=2)
+            self.asked.append(ticket.id)
+            yield group(ticket, self.version)
 
 
 class Job:
@@ -78,9 +72,8 @@ class Job:
         self.buffer = GroupBuffer(capacity=capacity, batch=BATCH)
         sources = Sources(
             tickets=tickets,
-            request=request,
-            answers=samplers.answers,
-            score=lambda groups, _: [scored(one) for one in groups],
+            sample=samplers.sample,
+            score=lambda groups, _: [scored(one) for one in groups if isinstance(one, Group)],
             text=lambda tokens: " ".join(map(str, tokens.tolist())),
         )
         self.producer = Producer(sources, self.buffer, self.files, self.ledger, batch=BATCH, max_staleness=max_staleness)

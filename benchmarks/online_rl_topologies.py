@@ -21,6 +21,10 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from topologies.run_folder import RunFolder  # noqa: E402 (the benchmark runs from a checkout, installed or not)
+
 LOCAL = ROOT / "topologies" / "local.yaml"
 #: A launch that takes longer is stopped: a measurement must end by itself.
 LIMIT_S = 1800.0
@@ -134,7 +138,7 @@ def launch(folder: Path, topology: Mapping[str, Any]) -> Path:
     """Launch a topology unless it is done; its run folder. Raises RuntimeError with the end of what it printed."""
     root = folder.absolute() / "runs"
     run, file = root / topology["name"], root / f"{topology['name']}.yaml"
-    if (run / "report.json").exists():
+    if (run / "topology.yaml").exists() and RunFolder.open(run).finished:
         return run
     root.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump({**topology, "run_root": str(root)}, sort_keys=False))

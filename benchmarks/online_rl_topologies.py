@@ -32,7 +32,7 @@ LIMIT_S = 1800.0
 START_STAGES = ("tokenizer", "pretrain", "sft")
 #: The world at `small`: its speed is measured, not what it learns.
 SMALL = {"vocab_size": 8192, "dim": 512, "ffn_dim": 1536, "num_layers": 8, "num_heads": 8, "num_kv_heads": 4, "head_dim": 64}
-SHORT = {"steps": 10, "batch": 8, "sequence_length": 64}
+SHORT = {"steps": 10, "batch": 8, "sequence_length": 64, "warmup_steps": 2}
 #: 25 iterations of 32 x 8 responses, as the committee's member of local.yaml trains.
 LOOP = {"prompts": 32, "responses": 8, "max_tokens": 24, "warmup_steps": 5, "reward": {"model": 0.0, "verifier": 1.0}}
 ALGORITHMS: dict[str, dict[str, Any]] = {
@@ -116,7 +116,11 @@ def start_policy(folder: Path, size: str) -> Path:
     if size == "small":
         topology["model"] = SMALL
         phases = {"stages": ["core"], "core": {**SHORT, "peak_lr": 1e-3}}
-        topology["stages"] = ["tokenizer", {"pretrain": phases}, {"sft": {"steps": 10, "batch": 8, "learning_rate": 1e-4}}]
+        topology["stages"] = [
+            "tokenizer",
+            {"pretrain": phases},
+            {"sft": {"steps": 10, "batch": 8, "learning_rate": 1e-4, "warmup_steps": 2}},
+        ]
     run = launch(folder, {**topology, "name": f"start-{size}"})
     return max((run / "policies" / "sft").iterdir())
 

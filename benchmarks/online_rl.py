@@ -158,20 +158,28 @@ def measure_learn(args: argparse.Namespace, folder: Path) -> Iterator[Row]:
         for seed in range(1, 1 + args.rounds):
             for name, contestant in everyone.items():
                 found[name].append(learn(contestant, name, rate=rates[name], seed=seed))
-    peer = statistics.median(sum(result["seconds"]) for result in found.get("TRL float32", ())) if args.trl_python else None
+    yield from learn_rows(tried, rates, found)
+
+
+def learn_rows(
+    tried: Mapping[str, Mapping[float, Row]], rates: Mapping[str, float], found: Mapping[str, Sequence[Row]]
+) -> Iterator[Row]:
+    """One row a side: median seconds at its own best rate, the curves, and the ratio to TRL's time."""
+    wall_s = {name: statistics.median(sum(result["seconds"]) for result in results) for name, results in found.items()}
+    peer_s = next((seconds for name, seconds in wall_s.items() if name.startswith("TRL")), None)
     for name, results in found.items():
-        wall_s = statistics.median(sum(result["seconds"]) for result in results)
         steps = statistics.median(len(result["seconds"]) for result in results)
         reached = sum(result["rewards"][-1] >= GOAL_REWARD for result in results)
         label = f"{name}, rate {rates[name]:g}: {steps:g} steps, {reached} of {len(results)} seeds"
-        row: Row = {"part": "learn tiny", "name": label, "value": round(wall_s, 2), "unit": f"s to {GOAL_REWARD}"}
+        row: Row = {"part": "learn tiny", "name": label, "value": round(wall_s[name], 2), "unit": f"s to {GOAL_REWARD}"}
         row |= {
-            "curves": [results_of(result) for result in results],
-            "grid": {r: len(t["seconds"]) for r, t in tried[name].items()},
+            "curves": [curve(result) for result in results],
+            "first_training_s": round(sum(tried[name][RATES[0]]["seconds"]), 2),
         }
-        row |= {"first_training_s": round(sum(tried[name][RATES[0]]["seconds"]), 2)}
-        if peer is not None and not name.startswith("TRL"):
-            row["ratios"] = {"TRL's time": round(peer / wall_s, 2), "the goal": round(peer / wall_s / LEARN_GOAL, 2)}
+        row |= {"grid": {rate: [len(t["seconds"]), t["rewards"][-1]] for rate, t in tried[name].items()}}
+        if peer_s is not None and not name.startswith("TRL"):
+            ratio = peer_s / wall_s[name]
+            row["ratios"] = {"TRL's time": round(ratio, 2), "the goal": round(ratio / LEARN_GOAL, 2)}
         yield row
 
 
@@ -189,7 +197,7 @@ def best_rate(found: Mapping[float, Row]) -> float:
     return min(found, key=lambda rate: (len(found[rate]["seconds"]), -found[rate]["rewards"][-1]))
 
 
-def results_of(result: Row) -> Row:
+def curve(result: Row) -> Row:
     """The curve of a training: seconds since its start, and the mean reward then."""
     ends = [sum(result["seconds"][: i + 1]) for i in range(len(result["seconds"]))]
     return {"seconds": [round(end, 3) for end in ends], "rewards": [round(reward, 4) for reward in result["rewards"]]}

@@ -14,7 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ LIMIT_S = 1800.0
 START_STAGES = ("tokenizer", "pretrain", "sft")
 #: The world at `small`: its speed is measured, not what it learns.
 SMALL = {"vocab_size": 8192, "dim": 512, "ffn_dim": 1536, "num_layers": 8, "num_heads": 8, "num_kv_heads": 4, "head_dim": 64}
-SHORT = {"steps": 10, "batch": 8, "sequence_length": 64}
+SHORT = {"steps": 10, "batch": 8, "sequence_length": 64, "warmup_steps": 2}
 #: 25 iterations of 32 x 8 responses, as the committee's member of local.yaml trains.
 LOOP = {"prompts": 32, "responses": 8, "max_tokens": 24, "warmup_steps": 5, "reward": {"model": 0.0, "verifier": 1.0}}
 ALGORITHMS: dict[str, dict[str, Any]] = {
@@ -45,12 +45,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 }
 RATES = (2e-4, 5e-4, 1e-3)
 STALENESS = (0, 1)
-#: Metrics of an iteration, and what they are called in the table: shares of its time.
-SHARES = {
-    "learner_wait_s": "learner waits",
-    "sampler_wait_s": "samplers wait",
-    "publish_s": "weights travel",
-}
+#: Metrics of an iteration that the table is made of, and what they are called in it.
+WAITING = {"learner_wait_s": "learner waits", "generate_s": "samplers wait", "publish_s": "weights travel"}
 Row = dict[str, Any]
 
 
@@ -64,14 +60,24 @@ def measure_waiting(args: argparse.Namespace, folder: Path) -> Iterator[Row]:
             run = launch_rl(folder, f"waiting-{size}-{staleness}", start, {**options, "iterations": iterations}, seed=0)
             rows = [json.loads(line) for line in (run / "metrics" / "rl.jsonl").read_text().splitlines()]
             logged = [row for row in rows if "iteration_s" in row][2:]  # the first two compile
-            seconds = statistics.median(row["iteration_s"] for row in logged)
-            part = {"part": f"waiting {size}", "unit": "s an iteration"}
-            yield {**part, "name": f"max_staleness {staleness}: an iteration", "value": round(seconds, 3)}
-            whole_s = sum(row["iteration_s"] for row in logged)
-            for metric, what in SHARES.items():
-                share = 100 * sum(row[metric] for row in logged) / whole_s
-                name = f"max_staleness {staleness}: {what}"
-                yield {"part": f"waiting {size}", "name": name, "value": round(share, 1), "unit": "% of the time"}
+            yield from waiting_rows(size, staleness, logged)
+
+
+def waiting_rows(size: str, staleness: int, logged: Sequence[Row]) -> Iterator[Row]:
+    """What the iterations of a loop took, and the shares of it that somebody waited.
+
+    The samplers wait whenever they do not generate, whichever iteration they generate for: ahead of the learner, an
+    iteration's own wait may be longer than the iteration.
+    """
+    seconds = {name: sum(row[name] for row in logged) for name in ("iteration_s", *WAITING)}
+    seconds["generate_s"] = seconds["iteration_s"] - min(seconds["generate_s"], seconds["iteration_s"])
+    part = f"waiting {size}"
+    median = statistics.median(row["iteration_s"] for row in logged)
+    name = f"max_staleness {staleness}: an iteration, median of {len(logged)}"
+    yield {"part": part, "name": name, "value": round(median, 3), "unit": "s"}
+    for metric, what in WAITING.items():
+        share = 100 * seconds[metric] / seconds["iteration_s"]
+        yield {"part": part, "name": f"max_staleness {staleness}: {what}", "value": round(share, 1), "unit": "% of the time"}
 
 
 def measure_algorithms(args: argparse.Namespace, folder: Path) -> Iterator[Row]:
@@ -116,7 +122,11 @@ def start_policy(folder: Path, size: str) -> Path:
     if size == "small":
         topology["model"] = SMALL
         phases = {"stages": ["core"], "core": {**SHORT, "peak_lr": 1e-3}}
-        topology["stages"] = ["tokenizer", {"pretrain": phases}, {"sft": {"steps": 10, "batch": 8, "learning_rate": 1e-4}}]
+        topology["stages"] = [
+            "tokenizer",
+            {"pretrain": phases},
+            {"sft": {"steps": 10, "batch": 8, "learning_rate": 1e-4, "warmup_steps": 2}},
+        ]
     run = launch(folder, {**topology, "name": f"start-{size}"})
     return max((run / "policies" / "sft").iterdir())
 

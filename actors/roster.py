@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from actors.failures import ActorsLostError, FailureBudget, FailuresExhaustedError, InfrastructureError
-from actors.host import Handle, Pending, call, gather
+from actors.host import Handle, Pending, RayPending, call, gather
 from actors.sampler import Acknowledged, PolicySpec
 from actors.streams import REVIVAL_DEADLINE_S, Failed, StreamingHandle, ready
 from actors.weights import WeightsOutOfSyncError, WeightsRefusedError
@@ -113,7 +113,7 @@ class Roster:
     ) -> None:
         """Bring the store's weights of `policy` with this digest to every actor, instead of all it held but `beside`.
 
-        `made_by` is the call whose value was published: under Ray its value then travels from where it lies, not as a copy.
+        `made_by` is the call whose value was published: under Ray that travels from where it lies, not as a copy.
         Raises WeightsRefusedError naming who would not take them, ActorsLostError when nobody is left.
         """
         given = Given(version, digest, spec)
@@ -127,6 +127,9 @@ class Roster:
             except WeightsRefusedError:
                 with self._lock:
                     self._given, self._log[policy] = before, log_before
+                    for member in members:
+                        if member.given_up is None and member.away is None:
+                            self._bring_up_to_date(member)  # back to what was held, where it had taken them
                 raise
             self._await_somebody(policy)
 
@@ -202,7 +205,11 @@ class Roster:
                 return
             for one in found if isinstance(found, list) else [found]:
                 member.held[one.policy] = one
-            self._bring_up_to_date(member)
+            try:
+                self._bring_up_to_date(member)
+            except WeightsOutOfSyncError as error:  # the store has let go of what was given: something newer is to follow
+                if not self._fail(member, "its weights", error):
+                    self._returning(member)
 
     def answered(self, handle: StreamingHandle) -> None:
         """It does its work: what it failed in before no longer counts."""
@@ -271,7 +278,7 @@ class Roster:
         call(self._store, "assign", names, policy, given.spec, digest=given.digest, beside=beside, deadline_s=limit_s)
 
     def _load_all(self, members: Sequence[_Member], policy: str, given: Given, made_by: Pending | None) -> None:
-        weights = made_by or self._store.submit("fetch", policy, given.digest)
+        weights = _lying(made_by) if made_by is not None else self._store.submit("fetch", policy, given.digest)
         refused: dict[str, str] = {}
         loading: list[tuple[_Member, Pending]] = []
         for member in members:
@@ -369,6 +376,11 @@ class Roster:
             for pending in ready([m.away for m in members if m.away is not None], LOOK_S):
                 member = next(m for m in members if m.away is pending)
                 self.returned(member.handle, pending)  # type: ignore[arg-type]
+
+
+def _lying(made_by: Pending) -> Pending:
+    """The value of a call that has ended, whatever has become since of those who made it."""
+    return RayPending(made_by.what, made_by.ref) if isinstance(made_by, RayPending) else made_by
 
 
 def _submitted(handle: StreamingHandle, weights: Pending, spec: PolicySpec) -> Pending:

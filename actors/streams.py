@@ -28,7 +28,6 @@ from actors.host import (
     RayHandle,
     RayPending,
     actor_value,
-    call,
     call_arguments,
     gather,
 )
@@ -97,18 +96,9 @@ def items(stream: Stream, *, deadline_s: float = DEFAULT_DEADLINE_S) -> Iterator
         stream.close()
 
 
-def call_again(handle: StreamingHandle, method: str, *args: Any, deadline_s: float = DEFAULT_DEADLINE_S) -> Any:
-    """A call that may be made twice, waited for: once more where its actor was lost over it, or before."""
-    try:
-        return call(handle, method, *args, deadline_s=deadline_s)
-    except ActorLostError:
-        gather([handle.revive()], deadline_s=REVIVAL_DEADLINE_S)
-        return call(handle, method, *args, deadline_s=deadline_s)
-
-
-def look_at(handles: Sequence[StreamingHandle], method: str, *, deadline_s: float) -> dict[str, Any]:
+def look_at(handles: Sequence[StreamingHandle], method: str, *args: Any, deadline_s: float) -> dict[str, Any]:
     """What a quick method answers, by actor, without those that are lost or do not answer in time."""
-    pending = [(handle.name, handle.submit(method)) for handle in handles]
+    pending = [(handle.name, handle.submit(method, *args)) for handle in handles]
     end_s, found = time.monotonic() + deadline_s, {}
     for name, one in pending:
         try:

@@ -20,7 +20,7 @@ from actors.host import Handle, Pending, call
 from actors.metrics import ENGINE_STAGE, Metrics
 from actors.roster import Roster, Sync
 from actors.sampler import PolicySpec
-from actors.streams import StreamingHandle, call_again, look_at
+from actors.streams import StreamingHandle, look_at
 from actors.weights import WeightsOutOfSyncError
 from afm_rl.types import GenerationRequest, Group
 from topologies.actor_options import Generating
@@ -28,7 +28,9 @@ from topologies.actor_options import Generating
 #: More of the responses that fit an engine's batch are given to it, so that a free row finds its next response waiting.
 QUEUED = 0.25
 #: Seconds that a look at an actor's counters may take; who is late, or lost, is left out.
-LOOK_DEADLINE_S = 5.0
+LOOK_DEADLINE_S = 30.0
+#: Seconds that an actor may take to let go of its weights.
+FREE_DEADLINE_S = 120.0
 
 Looks = Mapping[str, EngineUse]
 
@@ -71,9 +73,11 @@ class Generators:
         """Let go of every policy."""
         handles = self.roster.handles()
         call(self._store, "release", [handle.name for handle in handles])
-        for handle in handles:
-            call_again(handle, "keep_only", [])
         self.roster.forget()
+        # One that is away, or is lost now, returns with nothing: that is what the store says.
+        look_at(
+            [handle for handle in handles if self.roster.away(handle) is None], "keep_only", [], deadline_s=FREE_DEADLINE_S
+        )
 
     def answer(self, policy: str, requests: Sequence[GenerationRequest]) -> list[Group]:
         """The answers of a policy given before, in the order of the requests. Raises as `answers` does."""

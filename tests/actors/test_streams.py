@@ -18,7 +18,6 @@ from actors.streams import (
     InlineStreamingHandle,
     RayStreamingHandle,
     StreamingHandle,
-    call_again,
     items,
     ready,
 )
@@ -50,6 +49,11 @@ class Counter:
 
     def pid(self) -> int:
         return os.getpid()
+
+
+def returning(handle: RayStreamingHandle, method: str, *args: Any) -> Any:
+    """A call that waits for an actor that is on its way back."""
+    return gather([handle.submit_returning(method, *args)], deadline_s=120)[0]
 
 
 def test_inline_an_item_is_computed_when_it_is_asked_for() -> None:
@@ -173,7 +177,7 @@ def test_a_ray_actor_streams_and_takes_calls_meanwhile(counter: StreamingHandle)
 @pytest.mark.slow
 def test_a_ray_stream_nobody_reads_ends_early(counter: StreamingHandle) -> None:
     """Guards the actor's time: it stops with the item that it is at."""
-    before = call_again(counter, "endings")
+    before = returning(counter, "endings")
     stream = counter.stream("count", 1000, every_s=0.02)
     stream.next(30.0)
     stream.close()
@@ -187,7 +191,7 @@ def test_a_ray_stream_nobody_reads_ends_early(counter: StreamingHandle) -> None:
 def test_a_killed_ray_actor_is_lost_and_returns(counter: StreamingHandle) -> None:
     """Guards the dispatch: what was finished can be read, the rest is a loss with a name, and the next life answers; also
     when the process was stopped and has to be killed."""
-    pid = call_again(counter, "pid")
+    pid = returning(counter, "pid")
     stream = counter.stream("count", 100, every_s=0.1)
     assert stream.next(30.0) > 0
     time.sleep(0.35)
@@ -199,7 +203,7 @@ def test_a_killed_ray_actor_is_lost_and_returns(counter: StreamingHandle) -> Non
     again = call(counter, "pid")
     assert again != pid
     os.kill(again, signal.SIGKILL)
-    assert call_again(counter, "set", 3) == 3
+    assert returning(counter, "set", 3) == 3
     frozen = call(counter, "pid")
     os.kill(frozen, signal.SIGSTOP)
     counter.end()

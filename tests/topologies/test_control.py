@@ -14,6 +14,7 @@ from actors.host import call
 from afm_rl.errors import UserError
 from afm_rl.types import Group
 from tests.actors.toy_policy import SPEC, request, weights
+from topologies.cli import main
 from topologies.control import Control, scale
 from topologies.generators import Generators
 from topologies.rewards import Rewards
@@ -125,6 +126,27 @@ def test_a_launch_that_ends_is_noticed(tmp_path: Path) -> None:
     command.join(10.0)
     assert command.said.startswith("error: no launch of")
     assert not list((run.path / "control").iterdir())
+
+
+def test_the_command_says_what_happened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards `afm-rl scale` itself: what was done on stdout, a mistake as one line and code 2, before anything is asked."""
+    with launched(tmp_path) as (run, _, _, control):
+        codes: list[int] = []
+        command = threading.Thread(target=lambda: codes.append(main(["scale", str(run.path), "reward=2", "sampler=2"])))
+        command.start()
+        while command.is_alive():
+            control.poll()
+            time.sleep(0.02)
+        assert codes == [0]
+        assert capsys.readouterr().out == "reward: 1 -> 2\nsampler: 2 -> 2\n"
+        assert main(["scale", str(run.path), "reward=3", "sampler=0"]) == 2
+        assert not list((run.path / "control").iterdir())
+    assert main(["scale", str(run.path), "reward=3"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("afm-rl: sampler=0: a run needs at least one")
+    assert "is running" in said[1]
+    with pytest.raises(SystemExit):
+        main(["scale", str(run.path), "sampler"])
 
 
 @pytest.mark.slow

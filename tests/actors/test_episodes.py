@@ -146,9 +146,9 @@ def test_how_an_episode_ends(tokenizer: Tokenizer) -> None:
     assert len(requests) == 3
     assert group.finished == (True, True)
     assert group.actions[0][-1]  # no environment's word at the end, which nothing answers
-    group, requests = ended(replace(OPTIONS, turn_tokens=3))
-    assert (len(requests), group.finished) == (1, (False, False))
     turn = len(tokenizer.encode_response("<call>1</call>"))
+    group, requests = ended(replace(OPTIONS, turn_tokens=turn - 1))  # a whole call, but not the end of its turn
+    assert (len(requests), group.finished) == (1, (False, False))
     group, requests = ended(replace(OPTIONS, max_tokens=turn + 4))
     assert (len(requests), group.finished) == (1, (False, False))
     assert len(group.responses[0]) == turn

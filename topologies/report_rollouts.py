@@ -22,6 +22,8 @@ from topologies.report_html import MISSING, escape
 
 #: What the page holds at most: jobs, iterations of each, prompts of each, responses of each, characters of each text.
 TASKS, ITERATIONS, PROMPTS, RESPONSES, CHARACTERS = 4, 12, 8, 8, 1200
+#: Characters of a prompt where it is one among many.
+LABEL = 48
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,12 @@ class Shown:
     def prompt(self) -> str:
         """The prompt's id, which is the same in every iteration."""
         return prompt_of(self.rollout.scored.group.id)
+
+    @property
+    def label(self) -> str:
+        """What was asked, in a few words: ids mean little to a reader."""
+        said = " ".join(self.rollout.messages[-1].content.split()) if self.rollout.messages else ""
+        return (said if len(said) <= LABEL else f"{said[: LABEL - 1]}…") or self.prompt
 
     @property
     def mean_reward(self) -> float | None:
@@ -123,11 +131,11 @@ def rollouts_section(tasks: Sequence[TaskRollouts]) -> str:
 
 def _browser(index: int, task: TaskRollouts) -> str:
     iterations = sorted({one.iteration for one in task.shown})
-    prompts = list(dict.fromkeys(one.prompt for one in task.shown))
+    labels = {one.prompt: one.label for one in task.shown}
     per = f"{PROMPTS} of {task.prompts}" if task.prompts > PROMPTS else f"{task.prompts}"
     facts = f"{len(iterations)} of {task.iterations} iterations, {per} prompts in each"
     chosen = "".join(f'<option value="{i}">{i}</option>' for i in iterations)
-    asked = "".join(f'<option value="{escape(p)}">{escape(p)}</option>' for p in prompts)
+    asked = "".join(f'<option value="{escape(prompt)}">{escape(label)}</option>' for prompt, label in labels.items())
     controls = (
         '<form class="controls"><label>Iteration <button type="button" class="step" value="-1" aria-label="the one before">'
         f'‹</button><select class="iteration"><option value="">all</option>{chosen}</select>'
@@ -148,6 +156,7 @@ def _matrix(index: int, task: TaskRollouts, iterations: Sequence[int]) -> str:
     often = Counter(one.prompt for one in task.shown)
     at = {(one.prompt, one.iteration): one for one in task.shown}
     means = [one.mean_reward for one in task.shown if one.mean_reward is not None]
+    labels = {one.prompt: one.label for one in task.shown}
     rows = [prompt for prompt, times in often.items() if times > 1]
     if not rows or not means:
         return ""
@@ -156,7 +165,7 @@ def _matrix(index: int, task: TaskRollouts, iterations: Sequence[int]) -> str:
     body = ""
     for prompt in rows:
         cells = "".join(_cell(index, at.get((prompt, i)), low, span) for i in iterations)
-        body += f"<tr><td>{escape(prompt)}</td>{cells}</tr>"
+        body += f'<tr><td title="{escape(prompt)}">{escape(labels[prompt])}</td>{cells}</tr>'
     return (
         '<div class="scroll matrix" tabindex="0"><table>'
         "<caption>mean reward of a prompt's responses, by iteration</caption>"

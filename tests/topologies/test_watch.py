@@ -184,7 +184,8 @@ def test_json_says_the_same(run: RunFolder, capsys: pytest.CaptureFixture[str]) 
     say(run, live_json())
     assert main(["watch", str(run.path), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert (said["state"], said["stages"][5]["state"]) == ("running", "current")
+    assert said["state"] == "running"
+    assert [stage["name"] for stage in said["stages"] if stage["state"] == "current"] == [STAGE]
     assert said["jobs"][0]["last"]["policy_version"] == ITERATIONS - 2
     assert said["jobs"][0]["groups"]["consumed"] == BATCH * (ITERATIONS - 1)
     assert [row["state"] for row in said["actors"]][:4] == ["working", "working", "restarting", "silent"]

@@ -144,26 +144,29 @@ def test_what_an_iteration_leaves_survives_a_restart(tmp_path: Path, start: str)
     """Guards the running average and what was consumed: both come back with the weights they belong to."""
     settings = dataclasses.replace(SETTINGS, algorithm="reinforce")
 
+    def better(i: int) -> list[ScoredGroup]:
+        return [dataclasses.replace(g, reward_G=g.reward_G + np.float32(i)) for g in groups(version=i)]
+
     def consumed(i: int) -> dict[str, Any]:
         return {"groups": [f"{i}/{p}" for p in range(3)]}
 
     whole = Learner()
     assert whole.begin(job(tmp_path / "whole", start)) == 0
     assert whole.resumed_from() == {}
-    expected = [whole.update_policy(i, groups(version=i), settings, consumed(i)) for i in range(3)]
+    expected = [whole.update_policy(i, better(i), settings, consumed(i)) for i in range(3)]
     first = Learner()
     first.begin(job(tmp_path / "killed", start))
     for i in range(2):
-        first.update_policy(i, groups(version=i), settings, consumed(i))
+        first.update_policy(i, better(i), settings, consumed(i))
     first.wait_for_checkpoints()
     second = Learner()
     assert second.begin(job(tmp_path / "killed", start)) == 2
     assert second.resumed_from()["consumed"] == consumed(1)
-    again = second.update_policy(2, groups(version=2), settings)
+    again = second.update_policy(2, better(2), settings)
     assert again.metrics == expected[2].metrics
     np.testing.assert_array_equal(again.groups[0].advantage_G, expected[2].groups[0].advantage_G)
     assert second.publish("rl", 3).digest == whole.publish("rl", 3).digest
-    # 4/3 in every iteration, so that the average stays there
-    np.testing.assert_allclose(again.groups[0].advantage_G, groups()[0].reward_G - 4 / 3, rtol=1e-6)
+    average = 0.9 * 4 / 3 + 0.1 * 7 / 3  # of iterations 0 and 1
+    np.testing.assert_allclose(again.groups[0].advantage_G, better(2)[0].reward_G - average, rtol=1e-6)
     for learner in (second, whole):
         learner.wait_for_checkpoints()

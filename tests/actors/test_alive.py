@@ -249,8 +249,9 @@ def test_work_survives_the_death_and_the_freezing_of_who_does_it() -> None:
     parts = pool.map("score", range(10))
     harming.join()
     assert [score for part in parts for score in part] == list(range(100, 110))
-    assert not set(pids) & {call(handle, "pid") for handle in handles}
-    os.kill(call(handles[0], "pid"), signal.SIGKILL)  # between two calls, when nobody looks
+    now = gather([handle.submit_returning("pid") for handle in handles], deadline_s=60)
+    assert not set(pids) & set(now)
+    os.kill(now[0], signal.SIGKILL)  # between two calls, when nobody looks
     gather([handles[0].revive()], deadline_s=60)
     assert [score for part in pool.map("score", range(4)) for score in part] == [100, 101, 102, 103]
     pulse.close()

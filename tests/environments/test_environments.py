@@ -83,6 +83,7 @@ def test_results_as_text() -> None:
     """Guards what the policy reads: decimals as written, no float's digits, negative ones too."""
     shown = {"37*12": "444", "0.1+0.2": "0.3", "1/3": "0.333333", "-1/8": "-0.125", "2/3": "0.666667", "7/7": "1"}
     assert {text: show(evaluate(text)) for text in shown} == shown
+    assert evaluate("0.1+0.2") == Fraction(3, 10)
 
 
 @pytest.mark.parametrize(

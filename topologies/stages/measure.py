@@ -55,7 +55,7 @@ def measure(
         prompts, key = ctx.data.eval_prompts[:limit], f"measure/{policy.name}/{max_tokens}"
     else:
         key = f"measure/{policy.name}/{max_tokens}/feature"
-    key += f"/{len(prompts)}"
+    key += f"/{len(prompts)}" + ("/episodes" if environment is not None else "")
 
     def work() -> dict[str, Any]:
         answers = {}

@@ -270,10 +270,11 @@ def _itec(stage: Any, topology: Topology, config: ModelConfig, machine: Machine)
 
 
 def _online(options: Any, topology: Topology, config: ModelConfig, machine: Machine) -> Cost:
-    """An iteration samples, scores (reward, theta_k and reference) and takes the inner steps; programs compile once."""
+    """An iteration samples, scores (by the reward model; theta_k and reference, with beta) and takes the inner steps."""
     responses, length = options.prompts * options.responses, PROMPT_TOKENS + options.max_tokens
     sampled = _answers(options, options.iterations * responses, topology, config, machine)
-    scored = machine.score(config, sequences=3 * options.iterations * responses, length=length)
+    passes = (1 if options.reward.model else 0) + (2 if options.beta else 0)
+    scored = machine.score(config, sequences=passes * options.iterations * responses, length=length)
     steps = options.iterations * options.inner_steps
     return sampled + scored + machine.train(config, steps=steps, batch=responses, length=length)
 

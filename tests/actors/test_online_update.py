@@ -75,7 +75,10 @@ def updated(
     return learner.update_policy(0, of, settings), learner.publish("rl", 1).digest
 
 
-@pytest.mark.parametrize("algorithm", ["mdloo", "ppo", "rloo", "grpo", "reinforce", "online_dpo"])
+@pytest.mark.parametrize(
+    "algorithm",
+    ["mdloo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ppo", "rloo", "grpo", "reinforce", "online_dpo"))],
+)
 def test_every_algorithm_learns_from_rewards(algorithm: str, tmp_path: Path, start: str) -> None:
     """Guards the way of each through the learner, and its sign: good responses become likelier than bad ones."""
     learner, of = Learner(), groups()
@@ -93,6 +96,7 @@ def test_every_algorithm_learns_from_rewards(algorithm: str, tmp_path: Path, sta
         assert (two.logp_G - one.logp_G)[best] > (two.logp_G - one.logp_G)[worst]
 
 
+@pytest.mark.slow
 def test_the_sampler_matters_only_where_it_was_older(tmp_path: Path, start: str) -> None:
     """Guards a weight of exactly 1 for fresh responses, bit for bit, and tokens of the environment in the stale ones."""
     runs = {
@@ -108,6 +112,7 @@ def test_the_sampler_matters_only_where_it_was_older(tmp_path: Path, start: str)
     assert runs["fresh"] != runs["stale"] == runs["stale, other environment"]
 
 
+@pytest.mark.slow
 def test_inner_steps_end_early(tmp_path: Path, start: str) -> None:
     """Guards `max_kl`: a pass that measures more makes no update; below it all steps are made."""
     settings = dataclasses.replace(SETTINGS, inner_steps=3, microbatch=4)
@@ -122,6 +127,7 @@ def test_inner_steps_end_early(tmp_path: Path, start: str) -> None:
     assert digest == updated(tmp_path / "free", start, settings, groups())[1]
 
 
+@pytest.mark.slow
 def test_the_full_form_starts_like_the_sampled_one(tmp_path: Path, start: str) -> None:
     """Guards the copy of theta_k, which is no reference: equal first steps, whose KL has no gradient, another second one."""
     settings = dataclasses.replace(SETTINGS, gamma=2.0)
@@ -140,6 +146,7 @@ def test_the_full_form_starts_like_the_sampled_one(tmp_path: Path, start: str) -
     assert updated(tmp_path / "of other", start, settings, groups(), other)[1] == digests["full", 2]
 
 
+@pytest.mark.slow
 def test_what_an_iteration_leaves_survives_a_restart(tmp_path: Path, start: str) -> None:
     """Guards the running average and what was consumed: both come back with the weights they belong to."""
     settings = dataclasses.replace(SETTINGS, algorithm="reinforce")

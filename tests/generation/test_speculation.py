@@ -53,6 +53,7 @@ def test_ngrams_change_no_token(temperature: float, pages: int) -> None:
     assert stats.free_pages == stats.pages
 
 
+@pytest.mark.slow
 def test_a_draft_equal_to_the_target_is_always_right() -> None:
     """Guards the draft's cache: after any number of kept guesses it holds what the target holds."""
     generator = drafting(PARAMS)

@@ -33,6 +33,7 @@ from actors.jobs import OnlineSettings, TrainingJob
 from afm_rl.errors import UserError
 from afm_rl.generate import request_seed
 from afm_rl.recipe import OptimizerSpec
+from afm_rl.rewards.problems import invalid_by_cause
 from afm_rl.types import GenerationRequest, Group, PolicyUpdate, Prompt, ScoredGroup
 from topologies.online.buffer import GroupBuffer
 from topologies.online.ledger import Ledger, consumed_below
@@ -159,7 +160,8 @@ class _Loop:
         use = self._ctx.samplers.log(self._ctx.metrics, engines, task=self._policy.name, step=iteration)
         values = {f"sampler_{name}": value for name, value in use.items()}
         values |= loop_metrics(clock, producer.spent(iteration), overlapping=self._options.max_staleness > 0)
-        values |= reward_metrics([rollout.scored for rollout in batch])
+        scored = [rollout.scored for rollout in batch]
+        values |= reward_metrics(scored) | invalid_by_cause(scored)
         values |= {"policy_version": iteration, "queue_depth": buffer.depth}
         values |= self._ctx.samplers.sync(self._policy.name).metrics()
         self._ctx.metrics.log(stage=self._stage, task=self._policy.name, step=iteration, values={**update.metrics, **values})

@@ -31,6 +31,7 @@ from afm_rl.packing import Batch
 from afm_rl.tokenizer import Tokenizer
 from afm_rl.types import GenerationRequest, Group, Prompt
 from topologies.control import Control, Scalable
+from topologies.environment_options import EnvironmentOptions
 from topologies.generators import Generators
 from topologies.journal import Journal
 from topologies.progress import ProgressView
@@ -143,6 +144,11 @@ class Context:
             there = ", ".join(name for name, texts in self.data.documents.items() if texts) or "none"
             raise UserError(f"no domain of the mixture {dict(mixture)} has documents; domains with documents: {there}")
         return kept
+
+    @property
+    def environment(self) -> EnvironmentOptions | None:
+        """What policies of this run act in, where its online stage says so: they are measured in it too."""
+        return self.topology.stage("rl").environment if self.has("rl") else None
 
     @property
     def context_tokens(self) -> int:

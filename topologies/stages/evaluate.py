@@ -30,8 +30,7 @@ def policies(ctx: Context) -> list[Policy]:
 
 def evaluated(ctx: Context, options: EvaluateStage) -> list[Measured]:
     """All of them, measured on the first `prompts` held-out prompts."""
-    environment = ctx.topology.stage("rl").environment if ctx.has("rl") else None
-    how: dict[str, Any] = {"max_tokens": options.max_tokens, "limit": options.prompts, "environment": environment}
+    how: dict[str, Any] = {"max_tokens": options.max_tokens, "limit": options.prompts, "environment": ctx.environment}
     return [measure(ctx, policy, **how) for policy in policies(ctx)]
 
 

@@ -51,7 +51,7 @@ def run(ctx: Context, options: SftStage) -> StageResult:
     """Fine-tune the base model on the demonstrations and measure it on the held-out prompts."""
     policy = ctx.policy("sft")
     fine_tune(ctx, options, ctx.data.demonstrations, stage="sft", start=ctx.base, policy=policy)
-    measured = measure(ctx, policy, max_tokens=ctx.max_tokens)
+    measured = measure(ctx, policy, max_tokens=ctx.max_tokens, environment=ctx.environment)
     return StageResult(
         name="sft",
         title="Supervised fine-tuning",

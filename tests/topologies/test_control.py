@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from actors.host import call
+from actors.host import DeadlineError, call
+from actors.streams import InlineStreamingHandle
 from afm_rl.errors import UserError
 from afm_rl.types import Group
 from tests.actors.toy_policy import SPEC, request, weights
@@ -115,6 +116,18 @@ def test_what_cannot_be_done_is_said_and_changes_nothing(tmp_path: Path) -> None
         assert [handle.name for handle in system.rewards] == ["reward-0", "reward-1"]
     with pytest.raises(UserError, match=r"no launch of .* is running; continue it with"):
         scale(run, "sampler", 4, timeout_s=1.0)
+
+
+def test_an_actor_that_does_not_end_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the launch: what goes wrong with an actor that nobody asks any more is a warning."""
+
+    def stays(handle: InlineStreamingHandle) -> None:
+        raise DeadlineError(f"waited 30 s for the end of {handle.name}, which still has its name")
+
+    monkeypatch.setattr(InlineStreamingHandle, "close", stays)
+    with launched(tmp_path) as (run, system, _, control):
+        assert Command(run, "sampler", 1).done_by(control.poll) == "sampler: 2 -> 1"
+        assert names(system) == ["sampler-0"]
 
 
 def test_a_launch_that_ends_is_noticed(tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from afm_rl.errors import UserError
 from afm_rl.huggingface import save_pretrained
 from afm_rl.parameters import init_params
 from afm_rl.tokenizer import Tokenizer
+from topologies.generators import Generators
 from topologies.journal import read_journal
 from topologies.launch import launch
-from topologies.online.ledger import consumed
+from topologies.online.ledger import Ledger, consumed
 from topologies.online.rollouts import RolloutFiles
 from topologies.run_folder import RunFolder
 from topologies.schema import parse_topology
@@ -79,6 +80,25 @@ def test_an_overlapping_loop_stays_within_its_staleness(run: Run) -> None:
     measured = rows(done)
     assert max(row["staleness_max"] for row in measured) in (1, 2)
     assert all(row["valid_fraction"] == 1 and row["groups_discarded"] == 0 for row in measured)
+
+
+def test_weights_are_known_before_anybody_has_them(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards overlap: a group of new weights may be finished while others still load them, and needs their digest."""
+    events, publish, give = list[tuple[str, int]](), Ledger.published, Generators.give
+
+    def published(ledger: Ledger, version: int, digest: str) -> None:
+        events.append(("known", version))
+        publish(ledger, version, digest)
+
+    def given(generators: Generators, policy: str, version: int, *args: Any, **kwargs: Any) -> None:
+        if policy == "rl":
+            events.append(("given", version))
+        give(generators, policy, version, *args, **kwargs)
+
+    monkeypatch.setattr(Ledger, "published", published)
+    monkeypatch.setattr(Generators, "give", given)
+    run("known", f"iterations: 2, reward: {{function: {REWARDS}:short_words}}")
+    assert events[:4] == [("known", 0), ("given", 0), ("known", 1), ("given", 1)]
 
 
 def test_an_environment_plays_in_the_loop(run: Run) -> None:

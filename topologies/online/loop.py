@@ -187,7 +187,7 @@ class _Loop:
     def _update(self, iteration: int, batch: Sequence[Rollout]) -> PolicyUpdate:
         consumed = consumed_below(iteration + 1, count=self._options.prompts)
         scored = [rollout.scored for rollout in batch]
-        update = self._ctx.learner("update_policy", iteration, scored, online_settings(self._options), consumed)
+        update = self._ctx.learner("update_policy", iteration, scored, OnlineSettings.of(self._options), consumed)
         self._files.add_update(iteration, update)
         self._ledger.consumed(iteration, [one.group.id for one in scored])
         if (keep := self._options.keep_rollouts) is not None:
@@ -247,12 +247,6 @@ class _Loop:
             temperature=self._options.temperature,
             seed=request_seed(self._ctx.seed, self._policy.name, ticket.id),
         )
-
-
-def online_settings(options: OnlineTraining) -> OnlineSettings:
-    """As the learner takes them."""
-    names = {field.name for field in dataclasses.fields(OnlineSettings)}
-    return OnlineSettings(**{name: value for name, value in options.model_dump().items() if name in names})
 
 
 def fitting_prompts(ctx: Context, options: OnlineTraining) -> list[Prompt]:

@@ -103,15 +103,20 @@ def test_weights_are_known_before_anybody_has_them(run: Run, monkeypatch: pytest
 
 def test_an_environment_plays_in_the_loop(run: Run) -> None:
     """Guards episodes of several turns: they are paid for, and what the environment wrote is not trained on."""
-    options = "iterations: 2, max_tokens: 60, environment: {kind: calculator, max_turns: 2, turn_tokens: 8}"
-    done = run("episodes", f"{options}, reward: {{environment: 1.0, function: {REWARDS}:short_words}}")
+    environment = f"environment: {{path: '{REWARDS}:Talkative', max_turns: 2, turn_tokens: 40}}"
+    options = f"iterations: 2, responses: 8, max_tokens: 120, {environment}"
+    done, turns = run("episodes", f"{options}, reward: {{environment: 1.0, function: {REWARDS}:short_words}}"), 0
     for iteration in range(2):
         seen = RolloutFiles(done.rollouts / "rl").read(iteration)
         for one in seen.rollouts.values():
             assert set(one.scored.components) == {"environment", "short_words"}
-            for actions, logps in zip(one.scored.group.actions, one.scored.group.logps, strict=True):
+            group = one.scored.group
+            for actions, logps in zip(group.actions, group.logps if group.actions else (), strict=True):
+                turns += not actions.all()
                 assert np.all(logps[~actions] == 0)
+                assert np.all(logps[actions] < 0)
         assert all(group.counted_G.all() for group in seen.trained.values())
+    assert turns  # a random model ends a turn of 40 tokens now and then
 
 
 def test_a_reward_that_always_fails_ends_the_job_with_its_cause(run: Run) -> None:

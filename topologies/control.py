@@ -153,8 +153,10 @@ class Control:
 
     def _let_go(self, role: str, handle: StreamingHandle) -> None:
         try:
-            self._users[role].remove(handle.name)
-            self._system.remove(handle)
+            try:
+                self._users[role].remove(handle.name)
+            finally:
+                self._system.remove(handle)
         except InfrastructureError as error:  # nobody asks it any more: no reason to end a run
             log.warning("%s gets no more to do, but may not have ended: %s", handle.name, error)
 

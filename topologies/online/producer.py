@@ -81,7 +81,8 @@ class Producer:
         """Bring an iteration's groups into the buffer; False where the loop ended meanwhile."""
         began_s, spent = time.perf_counter(), Spent()
         stored = self._files.read(iteration).rollouts
-        wanted = max([0, iteration - self._max_staleness, *(max(rollout.digests) for rollout in stored.values())])
+        newest = max([iteration - self._max_staleness, *(max(rollout.digests) for rollout in stored.values())])
+        wanted = min(max(newest, 0), iteration)  # there is no later version before this iteration is trained on
         if not (self._await_version(wanted) and self._buffer.room(iteration)):
             return False
         spent = replace(spent, wait_s=time.perf_counter() - began_s)

@@ -14,7 +14,7 @@ import pytest
 
 from actors.host import DeadlineError
 from afm_rl.types import Group, ScoredGroup
-from tests.topologies.online.fakes import BATCH, PROMPTS, Job, Samplers, scored, tickets
+from tests.topologies.online.fakes import BATCH, PROMPTS, Job, Samplers, rollout, scored, tickets
 from topologies.journal import read_journal
 from topologies.online.ledger import consumed, counts, lineage
 from topologies.online.tickets import Ticket
@@ -111,6 +111,19 @@ def test_groups_of_other_weights_are_sampled_again(tmp_path: Path) -> None:
     assert sorted(samplers.asked) == sorted(ids(0))
     assert again.producer.spent(0).discarded == BATCH
     assert {tuple(one.digests.values()) for one in again.train(0)} == {("other bits",)}
+
+
+def test_groups_of_weights_that_cannot_be_yet_are_not_waited_for(tmp_path: Path) -> None:
+    """Guards against a hang over a foreign or damaged file: version 9 is not published before iteration 0 is trained on."""
+    job = Job(tmp_path, samplers := Samplers())
+    job.files.add(0, [rollout(tickets(0)[0], 9)])
+    job.begin(0)
+    job.publish(0)
+    producing = threading.Thread(target=job.producer.produce, args=(0,), daemon=True)
+    producing.start()
+    producing.join(5)
+    assert not producing.is_alive()
+    assert sorted(samplers.asked) == sorted(ids(0))
 
 
 def test_groups_without_any_reward_are_made_again(tmp_path: Path) -> None:

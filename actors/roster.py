@@ -231,6 +231,10 @@ class Roster:
             self._members[handle.name] = member = self._member(handle)
             self._returning(member)
 
+    def given_up(self, name: str) -> bool:
+        """Whether this one failed too often to be asked again."""
+        return self._members[name].given_up is not None
+
     def retire(self, name: str) -> None:
         """This one is asked no more."""
         with self._lock:

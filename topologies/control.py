@@ -44,6 +44,9 @@ class Scalable(Protocol):
     def joined(self, name: str) -> bool:
         """Whether a new one can be used; InfrastructureError when it never will."""
 
+    def given_up(self, name: str) -> bool:
+        """Whether this one failed too often and will never be used again."""
+
     def retire(self, name: str) -> None:
         """This one gets no more to do."""
 
@@ -117,14 +120,16 @@ class Control:
 
     def _begin(self, path: Path, role: str, count: int) -> _Change:
         check_request(role, count)
-        present = list(self._system.of(role))
+        user = self._users[role]
+        lost = [handle for handle in self._system.of(role) if user.given_up(handle.name)]
+        present = [handle for handle in self._system.of(role) if handle not in lost]
         change = _Change(path, role, len(present), count, self._clock() + PLACEMENT_DEADLINE_S)
         if count > len(present):
             change.joining = self._system.add(role, count - len(present))
             for handle in change.joining:
-                self._users[role].add(handle)
-        for handle in present[count:]:
-            self._users[role].retire(handle.name)
+                user.add(handle)
+        for handle in lost + present[count:]:
+            user.retire(handle.name)
             change.leaving.append(handle)
         return change
 

@@ -14,6 +14,7 @@ Shapes: G responses (episodes) of a prompt, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -102,12 +103,12 @@ def play(
     what `ask` raises, and ValueError for a chat format in which turns cannot be appended.
     """
     rollout = _Rollout(ask, host, TurnTokens(tokenizer), options)
-    episodes = rollout.open(prompts, tokenizer)
-    for turn in range(options.max_turns):
-        if active := [one for of_prompt in episodes for one in of_prompt if not one.over]:
-            rollout.generate(active, turn)
-            rollout.step(active, last=turn == options.max_turns - 1)
-    host.close()
+    with closing(host):
+        episodes = rollout.open(prompts, tokenizer)
+        for turn in range(options.max_turns):
+            if active := [one for of_prompt in episodes for one in of_prompt if not one.over]:
+                rollout.generate(active, turn)
+                rollout.step(active, last=turn == options.max_turns - 1)
     return [_as_group(prompt, played) for prompt, played in zip(prompts, episodes, strict=True)]
 
 

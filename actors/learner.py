@@ -263,6 +263,7 @@ class Learner:
                 version=iteration if version is None else version,
                 average=self._memory.get("average_reward"),
                 whole_rows=self._setup.mesh.seq > 1,  # a sequence that is cut over the mesh stays cut
+                share_prompts=self._setup.mesh.size == 1,
             )
             if batch.score(self.log_probs):
                 self._state, report = self._online.run(self._require_state(), self._frozen, batch, settings)

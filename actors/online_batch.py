@@ -68,6 +68,7 @@ class OnlineBatch:
         version: int,
         average: float | None = None,
         whole_rows: bool = False,
+        share_prompts: bool = True,
     ) -> None:
         self._groups, self._settings, self._version = groups, settings, version
         self._batch, self._reward_PG, valid_PG = responses_batch(groups)
@@ -89,6 +90,7 @@ class OnlineBatch:
             rows=settings.microbatch,
             group=1 if self._algorithm.pairs else self._reward_PG.shape[1],
             whole_rows=whole_rows,
+            share=share_prompts,
         )
 
     def score(self, log_probs: LogProbs) -> int:

@@ -67,7 +67,14 @@ class Part:
 
 
 def cut_into_parts(
-    unit_rows: np.ndarray, *, first_B: np.ndarray, end_B: np.ndarray, rows: int, group: int, whole_rows: bool
+    unit_rows: np.ndarray,
+    *,
+    first_B: np.ndarray,
+    end_B: np.ndarray,
+    rows: int,
+    group: int,
+    whole_rows: bool,
+    share: bool = True,
 ) -> list[Part]:
     """Microbatches of at most `rows` rows.
 
@@ -76,8 +83,9 @@ def cut_into_parts(
       first_B, end_B: where each row's response begins and ends.
       group: consecutive rows with the same prompt; 1: none.
       whole_rows: no layout but the first.
+      share: whether to consider the last. It is one flat row, which a mesh cannot cut: every device would compute it all.
     """
-    if not whole_rows and 1 < group <= rows and unit_rows.shape[1] == 1:
+    if share and not whole_rows and 1 < group <= rows and unit_rows.shape[1] == 1:
         shared = _shared(unit_rows.reshape(-1, group), first_B=first_B, end_B=end_B, rows=rows)
         if shared:
             return shared

@@ -66,14 +66,12 @@ class Sync:
 
 @dataclass
 class _Member:
-    """`away`: the call that must end before it may be asked; `loading`: newer weights are on their way to it."""
+    """`away`: the call that must end before it may be asked."""
 
     handle: StreamingHandle
     budget: FailureBudget
     held: dict[str, Acknowledged] = field(default_factory=dict)
     away: Pending | None = None
-    away_since_s: float = 0.0
-    loading: bool = False
     given_up: str | None = None
     leaving: bool = False
     streams: int = 0
@@ -98,6 +96,7 @@ class Roster:
         self._members = {handle.name: self._member(handle) for handle in handles}
         self._given: dict[str, Given] = {}
         self._log: dict[str, list[Given]] = {}
+        self._arriving: str | None = None
 
     # Weights
 
@@ -118,7 +117,7 @@ class Roster:
         """
         given = Given(version, digest, spec)
         with self._delivery:
-            members = [m for m in self._members.values() if m.given_up is None and not m.leaving]
+            members = self._asked()
             names = [member.handle.name for member in members]
             self._assign(names, policy, given, beside)
             before, log_before = self._note(policy, given, beside)
@@ -131,6 +130,8 @@ class Roster:
                         if member.given_up is None and member.away is None:
                             self._bring_up_to_date(member)  # back to what was held, where it had taken them
                 raise
+            finally:
+                self._arriving = None
             self._await_somebody(policy)
 
     def given(self, policy: str) -> Given:
@@ -149,14 +150,15 @@ class Roster:
         return {given.version for given in self._log.get(policy, [])[since:]}
 
     def deliveries(self, policy: str) -> int:
-        """How often a policy was given; the last delivery has the number below."""
-        return len(self._log.get(policy, []))
+        """How often a policy was given, without the delivery under way: some still answer by what was given before it."""
+        with self._lock:
+            return len(self._log.get(policy, [])) - (self._arriving == policy)
 
     def sync(self, policy: str) -> Sync:
         """Who has acknowledged the newest weights of a policy, as of now."""
         with self._lock:
             given = self.given(policy)
-            live = [m for m in self._members.values() if m.given_up is None and not m.leaving]
+            live = self._asked()
             lagging = tuple(m.handle.name for m in live if not self._in_sync(m, policy))
             return Sync(given.version, given.digest, len(live), lagging)
 
@@ -171,8 +173,7 @@ class Roster:
 
     def handles(self) -> list[StreamingHandle]:
         """Those who are asked, or will be once they have what was given."""
-        with self._lock:
-            return [m.handle for m in self._members.values() if m.given_up is None and not m.leaving]
+        return [member.handle for member in self._asked()]
 
     look_s = LOOK_S
 
@@ -230,6 +231,10 @@ class Roster:
             self._members[handle.name] = member = self._member(handle)
             self._returning(member)
 
+    def given_up(self, name: str) -> bool:
+        """Whether this one failed too often to be asked again."""
+        return self._members[name].given_up is not None
+
     def retire(self, name: str) -> None:
         """This one is asked no more."""
         with self._lock:
@@ -258,9 +263,15 @@ class Roster:
 
     def causes(self) -> str:
         """Why each one that was given up was."""
-        return "; ".join(f"{m.handle.name}: {m.given_up}" for m in self._members.values() if m.given_up is not None)
+        with self._lock:
+            return "; ".join(f"{m.handle.name}: {m.given_up}" for m in self._members.values() if m.given_up is not None)
 
     # Inside
+
+    def _asked(self) -> list[_Member]:
+        """Those that are asked, or will be. Others may join and leave meanwhile, in another thread."""
+        with self._lock:
+            return [member for member in self._members.values() if member.given_up is None and not member.leaving]
 
     def _member(self, handle: StreamingHandle) -> _Member:
         return _Member(handle, FailureBudget(handle.name, infrastructure=self._max_failures))
@@ -270,7 +281,7 @@ class Roster:
         with self._lock:
             before, log_before = self._given, self._log.get(policy, [])
             self._given = {**{name: held for name, held in before.items() if name in beside}, policy: given}
-            self._log[policy] = [*log_before, given]
+            self._log[policy], self._arriving = [*log_before, given], policy
             return before, log_before
 
     def _assign(self, names: Sequence[str], policy: str, given: Given, beside: Sequence[str]) -> None:
@@ -280,17 +291,12 @@ class Roster:
     def _load_all(self, members: Sequence[_Member], policy: str, given: Given, made_by: Pending | None) -> None:
         weights = _lying(made_by) if made_by is not None else self._store.submit("fetch", policy, given.digest)
         refused: dict[str, str] = {}
-        loading: list[tuple[_Member, Pending]] = []
-        for member in members:
-            member.loading = True
-            loading.append((member, _submitted(member.handle, weights, given.spec)))
+        loading = [(member, _submitted(member.handle, weights, given.spec)) for member in members]
         for member, pending in loading:
             try:
                 self._take_load(member, pending, policy, given)
             except ValueError as error:
                 refused[member.handle.name] = str(getattr(error, "cause", error))  # Ray wraps what an actor raised
-            finally:
-                member.loading = False
         accepted = [m.handle.name for m in members if m.handle.name not in refused and m.away is None]
         call(self._store, "settle", accepted, deadline_s=self._deadline_s)
         if refused:
@@ -335,7 +341,7 @@ class Roster:
                 others = [other for other in self._given if other != policy]
                 self._assign([name], policy, given, others)
                 weights = self._store.submit("fetch", policy, given.digest)
-                self._wait_for(member, _submitted(member.handle, weights, given.spec))
+                member.away = _submitted(member.handle, weights, given.spec)
                 return
         member.away = None
         self._store.submit("settle", [name])
@@ -343,10 +349,7 @@ class Roster:
 
     def _returning(self, member: _Member) -> None:
         member.held = {}
-        self._wait_for(member, member.handle.submit_returning("held"))
-
-    def _wait_for(self, member: _Member, pending: Pending) -> None:
-        member.away, member.away_since_s = pending, time.monotonic()
+        member.away = member.handle.submit_returning("held")
 
     def _in_sync(self, member: _Member, policy: str) -> bool:
         given, held = self._given[policy], member.held.get(policy)
@@ -366,7 +369,7 @@ class Roster:
         """Until one may be asked. Raises ActorsLostError when none ever will, or after the deadline."""
         end_s = time.monotonic() + self._deadline_s
         while True:
-            members = [m for m in self._members.values() if m.given_up is None and not m.leaving]
+            members = self._asked()
             if any(m.away is None for m in members):
                 return
             if not members or time.monotonic() > end_s:

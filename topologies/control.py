@@ -44,6 +44,9 @@ class Scalable(Protocol):
     def joined(self, name: str) -> bool:
         """Whether a new one can be used; InfrastructureError when it never will."""
 
+    def given_up(self, name: str) -> bool:
+        """Whether this one failed too often and will never be used again."""
+
     def retire(self, name: str) -> None:
         """This one gets no more to do."""
 
@@ -68,7 +71,8 @@ class _Change:
 
 
 class Control:
-    """The launch's side. `poll` takes up requests and drives them; it never waits, and may be called by any thread."""
+    """The launch's side. `poll` takes up requests and drives them, and may be called by any thread; it waits for nothing but
+    the end of an actor that leaves."""
 
     def __init__(
         self, run: RunFolder, system: System, users: Mapping[str, Scalable], clock: Callable[[], float] = time.monotonic
@@ -111,19 +115,21 @@ class Control:
             try:
                 self._change = self._begin(taken, role, count)
                 return
-            except UserError as error:
+            except (UserError, ValueError) as error:  # Ray's, for a name that an actor still has which was to end
                 _answer(taken, error=str(error))
 
     def _begin(self, path: Path, role: str, count: int) -> _Change:
         check_request(role, count)
-        present = list(self._system.of(role))
+        user = self._users[role]
+        lost = [handle for handle in self._system.of(role) if user.given_up(handle.name)]
+        present = [handle for handle in self._system.of(role) if handle not in lost]
         change = _Change(path, role, len(present), count, self._clock() + PLACEMENT_DEADLINE_S)
         if count > len(present):
             change.joining = self._system.add(role, count - len(present))
             for handle in change.joining:
-                self._users[role].add(handle)
-        for handle in present[count:]:
-            self._users[role].retire(handle.name)
+                user.add(handle)
+        for handle in lost + present[count:]:
+            user.retire(handle.name)
             change.leaving.append(handle)
         return change
 
@@ -140,15 +146,24 @@ class Control:
         for handle in list(change.leaving):
             if user.idle(handle.name):
                 change.leaving.remove(handle)
-                self._system.remove(user.remove(handle.name))
+                self._let_go(change.role, handle)
         if not waiting and not change.leaving:
             self._end(change, f"{change.role}: {change.before} -> {change.count}")
 
     def _undo(self, change: _Change, error: str) -> None:
-        for handle in change.joining:
-            self._system.remove(self._users[change.role].remove(handle.name))
         self._change = None
+        for handle in change.joining:
+            self._let_go(change.role, handle)
         _answer(change.path, error=f"{error}; there are {change.before} as before")
+
+    def _let_go(self, role: str, handle: StreamingHandle) -> None:
+        try:
+            try:
+                self._users[role].remove(handle.name)
+            finally:
+                self._system.remove(handle)
+        except InfrastructureError as error:  # nobody asks it any more: no reason to end a run
+            log.warning("%s gets no more to do, but may not have ended: %s", handle.name, error)
 
     def _end(self, change: _Change, message: str) -> None:
         self._change = None

@@ -96,7 +96,7 @@ class Generators:
 
     def _answers(self, policy: str, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int, Group]]:
         self.roster.given(policy)
-        since, members = self.roster.deliveries(policy) - 1, _Polling(self.roster, self.between)
+        since, members = max(0, self.roster.deliveries(policy) - 1), _Polling(self.roster, self.between)
         with closing(Dispatch(members, requests, policy=policy, options=self._dispatch).groups()) as groups:
             for index, group in groups:
                 self._check(group, policy, self.roster.accepted(policy, since=since))

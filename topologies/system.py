@@ -8,6 +8,7 @@ What cannot be placed is an error at once, not a wait. Samplers and the committe
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -70,8 +71,9 @@ class System:
         """Start so many more actors of a role; they are not waited for. Raises UserError when they cannot be placed."""
         present, [like, *_] = self.of(role), self.starter.declarations[role]
         self._require_room(like, count)
-        indices = range(len(present), len(present) + count)
-        started = [self.starter.start(replace(like, name=f"{role}-{i}"), self.store) for i in indices]
+        taken = {handle.name for handle in present}
+        names = (name for i in itertools.count() if (name := f"{role}-{i}") not in taken)
+        started = [self.starter.start(replace(like, name=name), self.store) for name in itertools.islice(names, count)]
         present += started
         return started
 

@@ -90,7 +90,8 @@ class WorkerPool:
             for worker in self._workers:
                 if waiting and worker.index is None:
                     index = waiting.popleft()
-                    if (failed := worker.ask(index, calls[index], limit_s=limits_s[index])) is not None:
+                    limit_s = min(limits_s[index], max(end_s - time.monotonic(), 0.0))
+                    if (failed := worker.ask(index, calls[index], limit_s=limit_s)) is not None:
                         found[index] = failed
             for worker in _ready([w for w in self._workers if w.index is not None]):
                 asked = worker.index

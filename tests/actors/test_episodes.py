@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from actors.episodes import EpisodeOptions, play
+from actors.failures import ActorsLostError
 from actors.turn_tokens import TurnTokens
 from afm_rl.environments.calculator import Calculator
 from afm_rl.environments.hosts import LocalHost
@@ -203,3 +204,21 @@ def test_an_environment_that_fails_costs_its_episodes(tokenizer: Tokenizer) -> N
     tight = replace(OPTIONS, max_context=4)
     (third,) = play(Script(tokenizer, CALLS), [FIRST], host=LocalHost(Calculator), tokenizer=tokenizer, options=tight)
     assert third.problems[0].startswith("environment too_long: it opens with")
+
+
+def test_a_host_is_closed_whatever_ends_its_episodes(tokenizer: Tokenizer) -> None:
+    """Guards worker processes: a batch whose samplers are lost leaves none behind."""
+
+    class Closing(LocalHost):
+        closed = False
+
+        def close(self) -> None:
+            self.closed = True
+
+    def lost(_: Sequence[GenerationRequest]) -> list[Group]:
+        raise ActorsLostError("no sampler is left")
+
+    host = Closing(Calculator)
+    with pytest.raises(ActorsLostError):
+        play(lost, [FIRST], host=host, tokenizer=tokenizer, options=OPTIONS)
+    assert host.closed

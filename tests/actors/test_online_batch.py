@@ -231,3 +231,10 @@ def test_staleness_is_measured_and_reported() -> None:
     assert np.isnan(fresh.ref_logp_G).all()
     np.testing.assert_allclose(fresh.advantage_G, [1, -1])
     assert fresh.counted_G.all()
+
+
+def test_prompts_are_not_shared_where_rows_are_cut_over_a_mesh() -> None:
+    """Guards data parallelism: the flat row of shared prompts cannot be cut, so every device would compute all of it."""
+    batch = OnlineBatch(LONG_PROMPTS, dataclasses.replace(SETTINGS, microbatch=64), version=0, share_prompts=False)
+    batch.score(fake_log_probs)
+    assert not any("prompt_PS" in part for part in batch.parts_of(0))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from actors.host import call
+from actors.host import DeadlineError, call
+from actors.streams import InlineStreamingHandle
 from afm_rl.errors import UserError
 from afm_rl.types import Group
 from tests.actors.toy_policy import SPEC, request, weights
@@ -115,6 +116,37 @@ def test_what_cannot_be_done_is_said_and_changes_nothing(tmp_path: Path) -> None
         assert [handle.name for handle in system.rewards] == ["reward-0", "reward-1"]
     with pytest.raises(UserError, match=r"no launch of .* is running; continue it with"):
         scale(run, "sampler", 4, timeout_s=1.0)
+
+
+def test_one_that_was_given_up_does_not_count(tmp_path: Path) -> None:
+    """Guards a run with a lost sampler: fewer never leaves the lost one alone, and asking for two gives two that work."""
+    with launched(tmp_path) as (run, system, samplers, control):
+        digest = call(system.store, "publish", weights("mdloo", 3))
+        samplers.give("mdloo", 3, SPEC, digest=digest)
+        first = system.samplers[0]
+        while not samplers.roster.given_up(first.name):
+            samplers.roster.lost(first, "its process is gone")
+            pending = samplers.roster.away(first)
+            assert pending is None or pending.what == "sampler-0.held"
+            if pending is not None:
+                samplers.roster.returned(first, pending)
+        assert Command(run, "sampler", 1).done_by(control.poll) == "sampler: 1 -> 1"
+        assert names(system) == ["sampler-1"]
+        assert Command(run, "sampler", 2).done_by(control.poll) == "sampler: 1 -> 2"
+        assert names(system) == ["sampler-1", "sampler-0"]
+        assert len(samplers.answer("mdloo", [request("r", 5)])) == 1
+
+
+def test_an_actor_that_does_not_end_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the launch: what goes wrong with an actor that nobody asks any more is a warning."""
+
+    def stays(handle: InlineStreamingHandle) -> None:
+        raise DeadlineError(f"waited 30 s for the end of {handle.name}, which still has its name")
+
+    monkeypatch.setattr(InlineStreamingHandle, "close", stays)
+    with launched(tmp_path) as (run, system, _, control):
+        assert Command(run, "sampler", 1).done_by(control.poll) == "sampler: 2 -> 1"
+        assert names(system) == ["sampler-0"]
 
 
 def test_a_launch_that_ends_is_noticed(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,6 +105,31 @@ def test_answers_may_be_of_weights_given_since_the_call_began() -> None:
     assert len(versions) == 24
     assert set(versions) == {1, 2}
     assert {group.version for group in samplers.answers("mdloo", [request("r", 5), request("r", 6)])} == {2}
+
+
+class Interrupted(InlineStreamingHandle):
+    """Before its next delivery it is asked for something, as by another thread."""
+
+    ask: Callable[[], None] | None = None
+
+    def submit(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        if method == "load" and self.ask is not None:
+            ask, self.ask = self.ask, None
+            ask()
+        return super().submit(method, *args, **kwargs)
+
+
+def test_a_call_that_begins_during_a_delivery_takes_what_was_given_before() -> None:
+    """Guards a producer that runs ahead: it asks while newer weights are on their way, and some still hold the older."""
+    store, names = InlineHandle("weights", WeightStore, {}), ["sampler-0", "sampler-1"]
+    handles = [Interrupted(name, Sampler, {"engine": ENGINE, "name": name, "store": store}) for name in names]
+    samplers, found = Generators(handles, store, Generating(max_batch=4)), list[int]()
+    samplers.give("mdloo", 1, SPEC, digest=publish(store, "mdloo", 1, seed=1))
+    requests = [request(f"r{i}", 5) for i in range(8)]
+    handles[1].ask = lambda: found.extend(group.version for group in samplers.answers("mdloo", requests))
+    samplers.give("mdloo", 2, SPEC, digest=publish(store, "mdloo", 2, seed=2))
+    assert set(found) == {1, 2}
+    assert {group.version for group in samplers.answers("mdloo", requests)} == {2}
 
 
 class Damaging(InlineStreamingHandle):

@@ -1,6 +1,6 @@
 """The group buffer between samplers and learner: versioned, ordered by ticket, with reserve and commit.
 
-    produce: wait for `room` -> offer        train: reserve(iteration) -> commit, or release after a failure
+    produce: wait for `room` -> offer        train: reserve(iteration) -> commit
 
 A batch is whole: iteration i's groups, whoever finished first. Room is promised before a group is asked for, so that what
 is being sampled always has a place; a buffer that cannot hold one batch is refused at once, not found out in a deadlock.
@@ -51,6 +51,12 @@ class GroupBuffer:
             self._progress += 1
             self._changed.notify_all()
 
+    def heard(self) -> None:
+        """The producer goes on, though no group is finished yet: whoever waits for groups has patience again."""
+        with self._changed:
+            self._progress += 1
+            self._changed.notify_all()
+
     def fail(self, error: BaseException) -> None:
         """The producer has ended with an error: whoever waits for groups gets it."""
         with self._changed:
@@ -59,7 +65,7 @@ class GroupBuffer:
 
     def reserve(self, iteration: int, *, deadline_s: float) -> list[Rollout]:
         """The whole batch of an iteration, by ticket. Raises what the producer ended with, or DeadlineError naming what is
-        missing once no group has arrived for `deadline_s`."""
+        missing once the producer was not heard of for `deadline_s`."""
         with self._changed:
             seen, since_s = self._progress, time.monotonic()
             while len(here := self._groups.get(iteration, {})) < self._batch:
@@ -83,11 +89,6 @@ class GroupBuffer:
             self._reserved.remove(iteration)
             del self._groups[iteration], self._promised[iteration]
             self._changed.notify_all()
-
-    def release(self, iteration: int) -> None:
-        """The batch was not trained on after all: it can be reserved again."""
-        with self._changed:
-            self._reserved.remove(iteration)
 
     def close(self) -> None:
         """Nobody will train any more: whoever waits for room goes home."""

@@ -30,6 +30,7 @@ import numpy as np
 from actors.failures import DataError, FailureBudget, FailuresExhaustedError
 from actors.host import call
 from actors.jobs import OnlineSettings, TrainingJob
+from actors.streams import REVIVAL_DEADLINE_S
 from afm_rl.errors import UserError
 from afm_rl.generate import request_seed
 from afm_rl.recipe import OptimizerSpec
@@ -143,7 +144,16 @@ class _Loop:
     def _ahead(self, producer: Producer, iterations: range) -> AbstractContextManager[None]:
         if self._options.max_staleness == 0:
             return nullcontext()
-        return producer.running_ahead(iterations, deadline_s=self._ctx.topology.actors.sampler.group_deadline_s)
+        return producer.running_ahead(iterations, deadline_s=self._patience_s)
+
+    @property
+    def _patience_s(self) -> float:
+        """The longest silence of a producer whose waits, each with a deadline of its own, are made again after losses."""
+        sampler, reward = self._ctx.topology.actors.sampler, self._ctx.topology.actors.reward
+        environment = self._options.environment
+        turns = environment.max_turns if environment is not None else 1
+        sampling_s = turns * (sampler.max_restarts + 1) * (sampler.group_deadline_s + REVIVAL_DEADLINE_S)
+        return max(sampling_s, (reward.max_restarts + 1) * (reward.call_deadline_s + REVIVAL_DEADLINE_S))
 
     def _iterate(self, iteration: int, producer: Producer, buffer: GroupBuffer) -> None:
         began_s, engines = time.perf_counter(), self._ctx.samplers.look()
@@ -151,7 +161,7 @@ class _Loop:
         published_s = time.perf_counter()
         if self._options.max_staleness == 0:
             producer.produce(iteration)
-        batch = buffer.reserve(iteration, deadline_s=self._ctx.topology.actors.sampler.group_deadline_s)
+        batch = buffer.reserve(iteration, deadline_s=self._patience_s)
         waited_s = time.perf_counter()
         update = self._update(iteration, batch)
         buffer.commit(iteration)
@@ -171,14 +181,14 @@ class _Loop:
         ctx, name = self._ctx, self._policy.name
         published = ctx.system.learner.submit("publish", name, version)
         digest = call(ctx.system.store, "publish", published)
+        self._ledger.published(version, digest)  # before anybody has them: a group may be finished before all do
         ctx.samplers.give(name, version, self._spec, digest=digest, made_by=published)
-        self._ledger.published(version, digest)
         producer.version_published(version)
 
     def _update(self, iteration: int, batch: Sequence[Rollout]) -> PolicyUpdate:
         consumed = consumed_below(iteration + 1, count=self._options.prompts)
         scored = [rollout.scored for rollout in batch]
-        update = self._ctx.learner("update_policy", iteration, scored, online_settings(self._options), consumed)
+        update = self._ctx.learner("update_policy", iteration, scored, OnlineSettings.of(self._options), consumed)
         self._files.add_update(iteration, update)
         self._ledger.consumed(iteration, [one.group.id for one in scored])
         if (keep := self._options.keep_rollouts) is not None:
@@ -240,12 +250,6 @@ class _Loop:
         )
 
 
-def online_settings(options: OnlineTraining) -> OnlineSettings:
-    """As the learner takes them."""
-    names = {field.name for field in dataclasses.fields(OnlineSettings)}
-    return OnlineSettings(**{name: value for name, value in options.model_dump().items() if name in names})
-
-
 def fitting_prompts(ctx: Context, options: OnlineTraining) -> list[Prompt]:
     """The prompts that leave room for `max_tokens`. Raises UserError naming the first that does not, unless told to drop."""
     limit = ctx.context_tokens - options.max_tokens
@@ -281,7 +285,7 @@ def loop_metrics(clock: _Clock, spent: Spent, *, overlapping: bool) -> dict[str,
 
 
 def reward_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:
-    """Mean of each reward component over the responses that have one; `accuracy` is the verifier's."""
+    """Mean of each reward component over those that have one (`accuracy`: the verifier's); how many have none, by cause."""
     means = {}
     for name in scored[0].components:
         values = np.concatenate([one.components[name] for one in scored])
@@ -289,4 +293,5 @@ def reward_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:
             means[f"reward_{name}"] = float(np.nanmean(values))
     if "reward_verifier" in means:
         means["accuracy"] = means["reward_verifier"]
-    return {**means, "valid_fraction": float(np.mean(np.concatenate([one.valid_G for one in scored])))}
+    valid = float(np.mean(np.concatenate([one.valid_G for one in scored])))
+    return {**means, "valid_fraction": valid, **invalid_by_cause(scored)}

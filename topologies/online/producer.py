@@ -25,7 +25,7 @@ from topologies.online.tickets import Ticket
 
 #: Rewards are asked for whenever this share of an iteration's groups waits for them.
 SCORED_AT_ONCE = 0.5
-#: Seconds that the thread may take to come home once the loop has ended: the wait for one group, and a margin.
+#: Seconds that the thread may take to come home once the loop has ended, beside the longest of its own waits.
 MARGIN_S = 60.0
 
 
@@ -42,7 +42,7 @@ class Sources:
 @dataclass(frozen=True)
 class Spent:
     """Seconds the producer spent on an iteration: sampling, on rewards, and waiting for weights and room; groups that were
-    on disk already, and those there that other weights had made."""
+    on disk already, and those there that are made again: other weights had made them, or no response had a reward."""
 
     generate_s: float = 0.0
     reward_s: float = 0.0
@@ -81,15 +81,16 @@ class Producer:
         """Bring an iteration's groups into the buffer; False where the loop ended meanwhile."""
         began_s, spent = time.perf_counter(), Spent()
         stored = self._files.read(iteration).rollouts
-        wanted = max([0, iteration - self._max_staleness, *(max(rollout.digests) for rollout in stored.values())])
+        newest = max([iteration - self._max_staleness, *(max(rollout.digests) for rollout in stored.values())])
+        wanted = min(max(newest, 0), iteration)  # there is no later version before this iteration is trained on
         if not (self._await_version(wanted) and self._buffer.room(iteration)):
             return False
         spent = replace(spent, wait_s=time.perf_counter() - began_s)
-        kept = [rollout for rollout in stored.values() if self._made_by_these_weights(rollout)]
-        self._buffer.offer(iteration, kept)
+        kept = [rollout for rollout in stored.values() if self._made_by_these_weights(rollout) and _has_rewards(rollout)]
         here = {rollout.ticket for rollout in kept}
         missing = [ticket for ticket in self._sources.tickets(iteration) if ticket.number not in here]
         self._spent[iteration] = replace(spent, replayed=len(kept), discarded=len(stored) - len(kept))
+        self._buffer.offer(iteration, kept)
         return not missing or self._make(iteration, missing)
 
     def spent(self, iteration: int) -> Spent:
@@ -115,8 +116,8 @@ class Producer:
         finally:
             self._stop()
             thread.join(deadline_s + MARGIN_S)
-        if thread.is_alive():
-            raise DeadlineError(f"waited {deadline_s + MARGIN_S:g} s for the producer of groups to end")
+            if thread.is_alive():  # whatever ended the block: nothing may be tried again beside a thread that still works
+                raise DeadlineError(f"waited {deadline_s + MARGIN_S:g} s for the producer of groups to end")
 
     def _stop(self) -> None:
         with self._news:
@@ -143,6 +144,7 @@ class Producer:
             for group in groups:
                 waiting.append(group)
                 left -= 1
+                self._buffer.heard()
                 if left == 0 or len(waiting) >= self._chunk:
                     self._add(iteration, generate_s=time.perf_counter() - since_s)
                     self._finish(iteration, waiting, by_id)
@@ -178,3 +180,8 @@ class Producer:
             reward_s=spent.reward_s + reward_s,
             tokens=spent.tokens + tokens,
         )
+
+
+def _has_rewards(rollout: Rollout) -> bool:
+    """Where no response has one the reward may have been mended since: such a group is not taken from the disk."""
+    return bool(rollout.scored.valid_G.any())

@@ -1,5 +1,12 @@
 # ruff: noqa: ARG001 (the face of a reward)
-"""A reward of the user's own, for topologies of tests: it differs between the responses of a model that knows nothing."""
+"""A user's own rewards and environment, for topologies of tests: what they pay a model that knows nothing differs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from afm_rl.environments.interface import StepResult
+from afm_rl.types import Message, Prompt
 
 
 def short_words(prompt: str, response: str, data: object) -> float:
@@ -18,3 +25,16 @@ def sometimes(prompt: str, response: str, data: object) -> float:
     if len(response) % 2:
         raise KeyError("no such column")
     return short_words(prompt, response, data)
+
+
+class Talkative:
+    """An environment that has an answer to every turn."""
+
+    def reset(self, prompt: Prompt, seed: int) -> Sequence[Message]:
+        """The prompt as it is."""
+        del seed
+        return prompt.messages
+
+    def step(self, action: str) -> StepResult:
+        """Paid by the length of what was said."""
+        return StepResult("and then?", reward=len(action) / 100)

@@ -45,16 +45,6 @@ def test_room_is_there_once_a_batch_is_committed() -> None:
     assert passed.wait(5)
 
 
-def test_a_released_batch_can_be_reserved_again() -> None:
-    """Guards a failed update: its groups are not lost."""
-    buffer = GroupBuffer(capacity=BATCH, batch=BATCH)
-    filled(buffer, 0)
-    first = buffer.reserve(0, deadline_s=1)
-    buffer.release(0)
-    assert buffer.depth == BATCH
-    assert buffer.reserve(0, deadline_s=1) == first
-
-
 def test_a_wait_without_groups_ends_and_says_what_is_missing() -> None:
     """Guards against a hang: the deadline counts from the last group that came."""
     buffer = GroupBuffer(capacity=BATCH, batch=BATCH)

@@ -17,9 +17,10 @@ from afm_rl.errors import UserError
 from afm_rl.huggingface import save_pretrained
 from afm_rl.parameters import init_params
 from afm_rl.tokenizer import Tokenizer
+from topologies.generators import Generators
 from topologies.journal import read_journal
 from topologies.launch import launch
-from topologies.online.ledger import consumed
+from topologies.online.ledger import Ledger, consumed
 from topologies.online.rollouts import RolloutFiles
 from topologies.run_folder import RunFolder
 from topologies.schema import parse_topology
@@ -81,15 +82,41 @@ def test_an_overlapping_loop_stays_within_its_staleness(run: Run) -> None:
     assert all(row["valid_fraction"] == 1 and row["groups_discarded"] == 0 for row in measured)
 
 
+def test_weights_are_known_before_anybody_has_them(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards overlap: a group of new weights may be finished while others still load them, and needs their digest."""
+    events, publish, give = list[tuple[str, int]](), Ledger.published, Generators.give
+
+    def published(ledger: Ledger, version: int, digest: str) -> None:
+        events.append(("known", version))
+        publish(ledger, version, digest)
+
+    def given(generators: Generators, policy: str, version: int, *args: Any, **kwargs: Any) -> None:
+        if policy == "rl":
+            events.append(("given", version))
+        give(generators, policy, version, *args, **kwargs)
+
+    monkeypatch.setattr(Ledger, "published", published)
+    monkeypatch.setattr(Generators, "give", given)
+    run("known", f"iterations: 2, reward: {{function: {REWARDS}:short_words}}")
+    assert events[:4] == [("known", 0), ("given", 0), ("known", 1), ("given", 1)]
+
+
 def test_an_environment_plays_in_the_loop(run: Run) -> None:
-    """Guards the seam: episodes take the place of responses, are paid for, and every one of them counts."""
-    options = "iterations: 2, max_tokens: 60, environment: {kind: calculator, max_turns: 2, turn_tokens: 8}"
-    done = run("episodes", f"{options}, reward: {{environment: 1.0, function: {REWARDS}:short_words}}")
+    """Guards episodes of several turns: they are paid for, and what the environment wrote is not trained on."""
+    environment = f"environment: {{path: '{REWARDS}:Talkative', max_turns: 2, turn_tokens: 40}}"
+    options = f"iterations: 2, responses: 8, max_tokens: 120, {environment}"
+    done, turns = run("episodes", f"{options}, reward: {{environment: 1.0, function: {REWARDS}:short_words}}"), 0
     for iteration in range(2):
         seen = RolloutFiles(done.rollouts / "rl").read(iteration)
         for one in seen.rollouts.values():
             assert set(one.scored.components) == {"environment", "short_words"}
-        assert [group.counted_G.all() for group in seen.trained.values()] == [True, True]
+            group = one.scored.group
+            for actions, logps in zip(group.actions, group.logps if group.actions else (), strict=True):
+                turns += not actions.all()
+                assert np.all(logps[~actions] == 0)
+                assert np.all(logps[actions] < 0)
+        assert all(group.counted_G.all() for group in seen.trained.values())
+    assert turns  # a random model ends a turn of 40 tokens now and then
 
 
 def test_a_reward_that_always_fails_ends_the_job_with_its_cause(run: Run) -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+import time
 from collections import Counter
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.topologies.online.fakes import BATCH, PROMPTS, Job, Samplers, tickets
+from actors.host import DeadlineError
+from afm_rl.types import Group, ScoredGroup
+from tests.topologies.online.fakes import BATCH, PROMPTS, Job, Samplers, rollout, scored, tickets
 from topologies.journal import read_journal
 from topologies.online.ledger import consumed, counts, lineage
+from topologies.online.tickets import Ticket
 
 
 def ids(*iterations: int) -> list[str]:
@@ -106,6 +113,41 @@ def test_groups_of_other_weights_are_sampled_again(tmp_path: Path) -> None:
     assert {tuple(one.digests.values()) for one in again.train(0)} == {("other bits",)}
 
 
+def test_groups_of_weights_that_cannot_be_yet_are_not_waited_for(tmp_path: Path) -> None:
+    """Guards against a hang over a foreign or damaged file: version 9 is not published before iteration 0 is trained on."""
+    job = Job(tmp_path, samplers := Samplers())
+    job.files.add(0, [rollout(tickets(0)[0], 9)])
+    job.begin(0)
+    job.publish(0)
+    producing = threading.Thread(target=job.producer.produce, args=(0,), daemon=True)
+    producing.start()
+    producing.join(5)
+    assert not producing.is_alive()
+    assert sorted(samplers.asked) == sorted(ids(0))
+
+
+def test_groups_without_any_reward_are_made_again(tmp_path: Path) -> None:
+    """Guards a mended reward: a resumed job does not take the failures of the broken one from the disk."""
+
+    def broken(groups: Sequence[Group | ScoredGroup], _: object) -> list[ScoredGroup]:
+        found = [scored(one) for one in groups if isinstance(one, Group)]
+        return [dataclasses.replace(one, valid_G=np.zeros(len(one.valid_G), bool)) for one in found]
+
+    job = Job(tmp_path, Samplers())
+    job.producer._sources = dataclasses.replace(job.producer._sources, score=broken)
+    job.begin(0)
+    job.publish(0)
+    job.producer.produce(0)
+    job.journal.close()
+
+    again = Job(tmp_path, samplers := Samplers())
+    again.begin(0)
+    again.publish(0)
+    again.producer.produce(0)
+    assert sorted(samplers.asked) == sorted(ids(0))
+    assert all(one.scored.valid_G.all() for one in again.train(0))
+
+
 def test_going_back_voids_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     """Guards the one truth: consumed is what a committed checkpoint lists, whatever the journal said later or not yet."""
     job = Job(tmp_path, Samplers())
@@ -131,3 +173,42 @@ def test_a_producer_that_fails_says_so_where_groups_are_waited_for(tmp_path: Pat
         job.publish(0)
         with pytest.raises(RuntimeError, match="no sampler is left"):
             job.train(0)
+
+
+def test_a_thread_that_does_not_end_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a learner that is lost: its loop is not begun again beside a producer that still writes to the same files."""
+    monkeypatch.setattr("topologies.online.producer.MARGIN_S", 0.05)
+    job, free = Job(tmp_path, Samplers(), max_staleness=1, capacity=2 * BATCH), threading.Event()
+    begun = threading.Event()
+
+    def stuck(_: Sequence[Ticket]) -> Generator[Group | ScoredGroup, None, None]:
+        begun.set()
+        free.wait(10)
+        yield from ()
+
+    job.producer._sources = dataclasses.replace(job.producer._sources, sample=stuck)
+    job.begin(0)
+
+    def train() -> None:
+        with job.producer.running_ahead(range(2), deadline_s=0.05):
+            job.publish(0)
+            assert begun.wait(5)
+            raise RuntimeError("the learner was lost")
+
+    with pytest.raises(DeadlineError, match="for the producer of groups to end"):
+        train()
+    free.set()
+
+
+def test_patience_begins_anew_with_every_group(tmp_path: Path) -> None:
+    """Guards slow samplers: groups that wait for their rewards together are signs of life too."""
+    job = Job(tmp_path, Samplers(), max_staleness=1, capacity=2 * BATCH)
+    with pytest.raises(DeadlineError, match=r"waited 0\.1 s for groups of iteration 0: 0 of 2"):
+        job.buffer.reserve(0, deadline_s=0.1)
+    timers = [threading.Timer(0.15 * i, job.buffer.heard) for i in range(1, 5)]
+    for timer in timers:
+        timer.start()
+    began_s = time.monotonic()
+    with pytest.raises(DeadlineError):
+        job.buffer.reserve(0, deadline_s=0.3)
+    assert time.monotonic() - began_s > 0.8

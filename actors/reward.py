@@ -11,6 +11,7 @@ Shapes: G responses of a group.
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -76,8 +77,10 @@ class Reward:
         plain = [one.group if isinstance(one, ScoredGroup) else one for one in groups]
         texts = [ResponseTexts(self._required_tokenizer(), group) for group in plain]
         components: dict[str, list[Component]] = {}
+        end_s = time.monotonic() + spec.budget_s
         for name in (name for name, weight in spec.weights.items() if weight):
-            components[name] = self._component(name, texts, prompts, played)
+            left_s = max(0.0, end_s - time.monotonic())
+            components[name] = self._component(name, texts, prompts, played, budget_s=left_s)
         return [
             self._sum(spec, texts[i], played[i], {name: of[i] for name, of in components.items()})
             for i in range(len(groups))
@@ -106,7 +109,13 @@ class Reward:
         return dict(self._invalid)
 
     def _component(
-        self, name: str, texts: Sequence[ResponseTexts], prompts: Sequence[Prompt], played: Sequence[ScoredGroup | None]
+        self,
+        name: str,
+        texts: Sequence[ResponseTexts],
+        prompts: Sequence[Prompt],
+        played: Sequence[ScoredGroup | None],
+        *,
+        budget_s: float,
     ) -> list[Component]:
         """One component of every group."""
         if name == "model":
@@ -120,7 +129,7 @@ class Reward:
             assert spec.length is not None
             return [(spec.length(of.token_counts), ()) for of in texts]
         asked = [(prompt, of.for_functions()) for of, prompt in zip(texts, prompts, strict=True)]
-        return list(self._functions[name](asked, budget_s=spec.budget_s))
+        return list(self._functions[name](asked, budget_s=budget_s))
 
     def _by_model(self, groups: Sequence[Group]) -> list[Component]:
         flat = self.sequence_scores([np.concatenate([g.prompt_T, r]) for g in groups for r in g.responses]).reward_B

@@ -172,7 +172,7 @@ class RewardWeights(Strict):
     `model`: the learned reward model; `verifier`: 1 where the prompt's checks hold, 0 where not or without checks;
     `environment`: what the stage's environment paid. A response whose reward cannot be computed is left out of its group.
     `truncated`: what a response becomes that nothing ended; `end`: whether any stop token is an end, or the turn's alone.
-    `budget_s`: what one component may take for all responses of a call.
+    `budget_s`: what all components may take together for the responses of a call.
     """
 
     model: PositiveOrZero = 1.0

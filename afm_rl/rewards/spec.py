@@ -27,7 +27,7 @@ class RewardSpec:
     """Where the reward model and the tokenizer are, how much each component counts, and the rules beside the sum.
 
     `weights` names components: "model", "verifier" (the prompt's declarative checks), "environment" (what it paid),
-    "length", and those of `functions`. One component may take `budget_s` seconds for all responses of a call together.
+    "length", and those of `functions`. All of them may take `budget_s` seconds for the responses of a call together.
     """
 
     tokenizer_folder: str

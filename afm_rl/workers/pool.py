@@ -83,7 +83,7 @@ class WorkerPool:
         end_s = time.monotonic() + budget_s
         while len(found) < len(calls):
             if waiting and time.monotonic() >= end_s:
-                late = Outcome(cause="budget", problem=f"not reached within the {budget_s:g} s of this call")
+                late = Outcome(cause="budget", problem="its turn did not come within the time of this call")
                 found |= dict.fromkeys(waiting, late)
                 waiting.clear()
                 continue

@@ -6,6 +6,7 @@ import logging
 import string
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,10 @@ from pretrain.tokenizer_training import MIN_VOCAB_SIZE, train_tokenizer
 
 MODULE = """
 import os
+import time
+
+def slow(prompt, response, data):
+    time.sleep(1000)
 
 def words(prompt, response, data):
     if response == "die":
@@ -108,6 +113,17 @@ def test_a_function_that_fails_costs_one_response(
     assert len([r for r in caplog.records if "has no reward" in r.getMessage()]) == 4
     assert invalid_by_cause([found])["invalid"] == actor.invalid_responses() == 7
     assert invalid_by_cause([found])["invalid_words_died"] == 2
+
+
+def test_slow_functions_share_a_calls_time(tokenizer: tuple[Tokenizer, str], user: str, actor: Reward) -> None:
+    """Guards the actor: however many components are slow, a call ends in time, and no response is scored again for ever."""
+    actor.load(spec(tokenizer, user, "slow", "words", budget_s=0.5))
+    began_s = time.monotonic()
+    (found,) = actor.score([group(tokenizer[0], "a", "b")], [PROMPT])
+    assert time.monotonic() - began_s < 4.0
+    assert [text.partition(":")[0] for text in found.problems] == ["slow timeout", "slow budget"]
+    assert actor._functions["words"]([(PROMPT, [("a", {"finished": True})])], budget_s=5.0)[0][0].tolist() == [1.25]
+    assert not np.isfinite(found.components["words"]).any()
 
 
 def test_a_batch_function_sees_one_prompts_responses(tokenizer: tuple[Tokenizer, str], user: str, actor: Reward) -> None:

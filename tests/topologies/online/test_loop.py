@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
+from actors.group import GroupRestartedError
 from afm_rl.config import ModelConfig
 from afm_rl.errors import UserError
 from afm_rl.huggingface import save_pretrained
@@ -20,10 +22,11 @@ from afm_rl.tokenizer import Tokenizer
 from topologies.generators import Generators
 from topologies.journal import read_journal
 from topologies.launch import launch
-from topologies.online.ledger import Ledger, consumed
+from topologies.online.ledger import Ledger, consumed, lineage
 from topologies.online.rollouts import RolloutFiles
 from topologies.run_folder import RunFolder
 from topologies.schema import parse_topology
+from topologies.stages.context import Context
 
 pytestmark = pytest.mark.slow
 
@@ -80,6 +83,29 @@ def test_an_overlapping_loop_stays_within_its_staleness(run: Run) -> None:
     measured = rows(done)
     assert max(row["staleness_max"] for row in measured) in (1, 2)
     assert all(row["valid_fraction"] == 1 and row["groups_discarded"] == 0 for row in measured)
+
+
+def test_a_learner_lost_while_samplers_run_ahead(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards overlap over a restart of the learner: no ticket is lost or doubled, and no second producer is left."""
+    ask, losses = Context.learner, [("update_policy", 3), ("update_policy", 2), ("update_policy", 6)]
+
+    def learner(context: Context, method: str, *args: Any) -> Any:
+        if losses and (method, args[0] if args else None) == losses[0]:
+            losses.pop(0)
+            raise GroupRestartedError("learner", restarts=1, rank=0, cause="killed")
+        return ask(context, method, *args)
+
+    monkeypatch.setattr(Context, "learner", learner)
+    done = run("restarts", f"iterations: 8, max_staleness: 2, reward: {{function: {REWARDS}:short_words}}")
+    assert not losses
+    found = consumed(read_journal(done.journal_file), "rl")
+    assert [int(name.rpartition("@")[2]) for i in sorted(found) for name in found[i]] == list(range(16))
+    digests = lineage(read_journal(done.journal_file), "rl")
+    for iteration in range(8):
+        for one in RolloutFiles(done.rollouts / "rl").read(iteration).rollouts.values():
+            assert all(max(0, iteration - 2) <= version <= iteration for version in one.digests)
+            assert {version: digests[version] for version in one.digests} == one.digests
+    assert not any(thread.name == "producer" for thread in threading.enumerate())
 
 
 def test_weights_are_known_before_anybody_has_them(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

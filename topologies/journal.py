@@ -1,9 +1,9 @@
 """The journal of a run: an append-only file of records, the truth about what has been done.
 
 The records are framed (`framed_file.py`); each is on disk (fsync) before `append` returns, but those that only save work
-may leave that to the next one. Only the last record can be torn by a crash: it is cut off on opening, with a warning.
-Damage before a whole record is an error, since what follows would be lost. One writer at a time, by a lock on the file
-beside the journal; readers need no lock.
+may leave that to the next one. Only the last record can be torn by a kill, only those since the last sync by a loss of
+power: a torn tail is cut off on opening, with a warning. Damage before a whole record is an error, since what follows would
+be lost. One writer at a time, by a lock on the file beside the journal; readers need no lock.
 """
 
 from __future__ import annotations

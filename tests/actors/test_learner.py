@@ -130,15 +130,8 @@ def np_logps(params: Any, batch: Batch, temperature: float = 1.0) -> np.ndarray:
 
 
 def mdloo_job(folder: Path, folders: dict[str, str]) -> TrainingJob:
-    return TrainingJob(
-        "mdloo",
-        "online",
-        ADAMW,
-        str(folder / "checkpoints"),
-        init=folders["start"],
-        frozen={"reference": folders["reference"]},
-        checkpoint_every=1,
-    )
+    where: dict[str, Any] = {"init": folders["start"], "frozen": {"reference": folders["reference"]}}
+    return TrainingJob("mdloo", "online", ADAMW, str(folder / "checkpoints"), checkpoint_every=1, **where)
 
 
 VALID = np.array([[1, 1, 1], [1, 0, 0], [1, 1, 0]], bool)

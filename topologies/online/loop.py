@@ -24,6 +24,7 @@ from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -119,8 +120,13 @@ class _Loop:
         self._budget = FailureBudget(f"the rewards of {policy.name}", infrastructure=0, data=options.data_failures)
 
     def run(self, first: int) -> None:
-        """Iterations from `first`, where the learner's newest checkpoint is, to the last."""
+        """Iterations from `first`, where the learner's newest checkpoint is, to the last.
+
+        Raises RuntimeError where the checkpoint lists other groups as consumed than the iterations before `first` have.
+        """
         ctx, options = self._ctx, self._options
+        if first and (listed := ctx.learner("resumed_from").get("consumed")) != self._consumed(first):
+            raise RuntimeError(f"the checkpoint of iteration {first} lists {listed} as consumed: not what was trained on")
         call(ctx.system.store, "forget", self._policy.name)  # a learner built anew goes back behind what was published
         self._ledger.rewind(first, lambda iteration: [ticket.id for ticket in self._tickets(iteration)])
         buffer = GroupBuffer(capacity=options.buffer_groups, batch=options.prompts)
@@ -186,7 +192,7 @@ class _Loop:
         producer.version_published(version)
 
     def _update(self, iteration: int, batch: Sequence[Rollout]) -> PolicyUpdate:
-        consumed = consumed_below(iteration + 1, count=self._options.prompts)
+        consumed = self._consumed(iteration + 1)
         scored = [rollout.scored for rollout in batch]
         update = self._ctx.learner("update_policy", iteration, scored, OnlineSettings.of(self._options), consumed)
         self._files.add_update(iteration, update)
@@ -208,6 +214,9 @@ class _Loop:
             self._budget.spend("data", f"iteration {iteration}", error)
         except FailuresExhaustedError as exhausted:
             raise UserError(f"{exhausted}; mend the reward and continue with --resume") from exhausted
+
+    def _consumed(self, iteration: int) -> dict[str, Any]:
+        return consumed_below(iteration, count=self._options.prompts)
 
     def _sources(self) -> Sources:
         ctx = self._ctx

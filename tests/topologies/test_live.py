@@ -150,7 +150,7 @@ def test_the_file_follows_an_inline_launch_and_says_how_it_ended(tmp_path: Path,
             live.enter("sft")
             logging.getLogger("actors.dispatch").warning("sampler-%d was lost\nagain", 1)
             bar.advance(7)
-            seen.update(until(run, lambda live: live["bars"] and live["stage"], within_s=10))
+            seen.update(until(run, lambda live: live["bars"] and live["stage"], within_s=60))
             raise ZeroDivisionError("no division")
 
     with starting as system:
@@ -179,7 +179,10 @@ def test_a_file_that_cannot_be_written_is_said_once_and_harms_nothing(
     (run.path / "live.json").mkdir()  # in its place, so that no file can go there
     system = SimpleNamespace(handles=[], launcher="inline", dashboard=None)
     with LiveState(run, cast(System, system), ProgressView()):
-        time.sleep(0.2)
+        end_s = time.monotonic() + 60
+        while "is not kept up to date" not in caplog.text and time.monotonic() < end_s:
+            time.sleep(0.01)
+        time.sleep(0.1)  # for some more of its seconds
     assert caplog.text.count("is not kept up to date") == 1
 
 
@@ -202,7 +205,7 @@ def test_under_ray_a_stopped_actor_is_silent_and_a_killed_one_restarts(on_ray: t
     try:
         silent = until(run, lambda live: state_of(live, "sampler-0") == "silent", within_s=30)
         written = silent["written"]
-        later = until(run, lambda live: live["written"] > written + 3, within_s=10)
+        later = until(run, lambda live: live["written"] > written + 3, within_s=60)
         assert state_of(later, "sampler-0") == "silent"
         assert state_of(later, "sampler-1") == "idle"
         assert next(row for row in later["actors"] if row["name"] == "sampler-0")["silent_s"] >= SILENT_AFTER_S

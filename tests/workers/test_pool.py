@@ -129,7 +129,7 @@ def test_a_budget_ends_the_whole_call(pool: WorkerPool) -> None:
     assert causes[4:] == ["budget", "budget"]
     began_s = time.monotonic()
     assert [of.cause for of in pool.run([["sleep"]], limits_s=[60.0], budget_s=0.3)] == ["timeout"]  # under way, too
-    assert time.monotonic() - began_s < 5.0
+    assert time.monotonic() - began_s < 30.0
 
 
 def test_an_orphan_ends_by_itself(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

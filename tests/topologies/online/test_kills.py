@@ -48,7 +48,7 @@ actors:
   sampler: {{replicas: 2, max_batch: 8, max_restarts: 100}}
 stages:
   - rl: {{iterations: {iterations}, prompts: {prompts}, responses: 3, max_tokens: 8, learning_rate: 3e-3, warmup_steps: 1,
-      reward: {{model: 0, function: {{path: "tests.topologies.online.rewards:short_words", weight: 1.0}}}}}}
+      reward: {{model: 0, function: {{path: "tests.topologies.online.rewards:short_words", timeout_s: 120}}}}}}
 """
 
 

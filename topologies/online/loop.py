@@ -176,8 +176,7 @@ class _Loop:
         use = self._ctx.samplers.log(self._ctx.metrics, engines, task=self._policy.name, step=iteration)
         values = {f"sampler_{name}": value for name, value in use.items()}
         values |= loop_metrics(clock, producer.spent(iteration), overlapping=self._options.max_staleness > 0)
-        scored = [rollout.scored for rollout in batch]
-        values |= reward_metrics(scored) | invalid_by_cause(scored)
+        values |= reward_metrics([rollout.scored for rollout in batch])
         values |= {"policy_version": iteration, "queue_depth": buffer.depth}
         values |= self._ctx.samplers.sync(self._policy.name).metrics()
         self._ctx.metrics.log(stage=self._stage, task=self._policy.name, step=iteration, values={**update.metrics, **values})

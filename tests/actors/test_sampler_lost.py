@@ -209,6 +209,6 @@ def test_weights_are_held_once_beside_the_object_store() -> None:
         list(items(sampler.stream("answer", "mdloo", prompts(1, tokens=4)), deadline_s=120))
         taken.append((resident(pid, "RssAnon") - before) / size)
     print(f"private memory after each update of {size / 1e6:.0f} MB, in copies of it: {[round(one, 2) for one in taken]}")
-    assert max(taken) < 2.6  # one copy, and what the allocator keeps of the one before
-    assert taken[-1] < taken[0] + 0.5
+    assert max(taken) < 2.9  # one copy, and what the allocator keeps of the one before: 1.7 to 2.5 were seen
+    assert taken[-1] < taken[0] + 0.9  # three more updates leave no copy behind
     assert resident(pid, "RssShmem") >= size

@@ -94,6 +94,7 @@ def test_lora_product_against_float64() -> None:
         np.testing.assert_allclose(dense(jnp.asarray(x, jnp.float32), layer), expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_fresh_adapter_changes_nothing_and_learns() -> None:
     """Guards b = 0, a with std 1/sqrt(in) and different in every projection, and the gradient that reaches b."""
     layers = attach(random_params(), lora := init_lora(CONFIG, 16, jax.random.key(1)), alpha=8, rank=16)["layers"]

@@ -114,7 +114,11 @@ def uneven_batch() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(
     ("objective", "options"),
-    [("supervised", {"z_loss": 0.01}), pytest.param("dpo", {"beta": 0.1}, marks=pytest.mark.slow), ("ipo", {"beta": 0.5})],
+    [
+        ("supervised", {"z_loss": 0.01}),
+        pytest.param("dpo", {"beta": 0.1}, marks=pytest.mark.slow),
+        pytest.param("ipo", {"beta": 0.5}, marks=pytest.mark.slow),
+    ],
 )
 def test_microbatches_make_the_big_batchs_update(objective: str, options: dict[str, float]) -> None:
     """Guards the weights of the shares: by target tokens (a mean of means fails here), by pairs for preferences."""

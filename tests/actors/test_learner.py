@@ -63,7 +63,7 @@ def learned(learner: Learner) -> str:
     return learner.publish("p", 0).digest
 
 
-@pytest.mark.parametrize("killed_at", [4, 5])
+@pytest.mark.parametrize("killed_at", [pytest.param(4, marks=pytest.mark.slow), 5])
 def test_training_continues_exactly(tmp_path: Path, killed_at: int) -> None:
     """Guards 2n = n + kill + restore + n with dropout, bit for bit, and a kill between two checkpoints."""
     whole = Learner()
@@ -260,6 +260,7 @@ def test_microbatches_change_nothing(
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_mdloo_continues_exactly(tmp_path: Path, folders: dict[str, str]) -> None:
     """Guards the online loop's checkpoint: whole iterations, whatever the number of inner steps, bit for bit."""
     whole = Learner()

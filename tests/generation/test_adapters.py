@@ -30,6 +30,7 @@ def with_both(**options: object) -> Generator:
     return generator
 
 
+@pytest.mark.slow
 def test_rows_of_one_batch_use_their_own_adapters() -> None:
     """Guards the bank: log-probabilities of the base and of two adapters in one batch are the learner's of each."""
     generator = with_both()

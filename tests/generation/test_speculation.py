@@ -67,6 +67,7 @@ def test_a_draft_equal_to_the_target_is_always_right() -> None:
     assert again.stats.kept_tokens > 0.97 * again.stats.guessed_tokens
 
 
+@pytest.mark.slow
 def test_greedy_with_any_draft_equals_the_full_forward_pass() -> None:
     """Guards what is kept of a bad draft: at temperature 0, the target's best tokens and nothing else."""
     plain = make().generate(requests(temperature=0.0))

@@ -74,6 +74,7 @@ def test_eps_falls_geometrically() -> None:
     np.testing.assert_allclose(eps_at(99, steps=5), EPS_END)
 
 
+@pytest.mark.slow
 def test_mask_learning_finds_the_units_that_work() -> None:
     """Guards the whole path (view, objective, optimizer, eps from the batch): planted dead units lose their places."""
     params = dict(PARAMS)

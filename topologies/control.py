@@ -27,7 +27,8 @@ from actors.failures import InfrastructureError
 from actors.streams import StreamingHandle
 from afm_rl.errors import UserError
 from topologies.run_folder import RunFolder
-from topologies.system import PLACEMENT_DEADLINE_S, SCALABLE, System
+from topologies.starting import PLACEMENT_DEADLINE_S
+from topologies.system import SCALABLE, System
 
 log = logging.getLogger(__name__)
 

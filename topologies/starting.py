@@ -6,16 +6,25 @@ pulse (`actors/pulse.py`); how often is too often is known to those who give it 
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from actors.host import Handle, Host, InlineHandle, RayHandle
+from actors.group import GroupHandle, GroupRestartedError
+from actors.host import DeadlineError, Handle, Host, InlineHandle, RayHandle, gather
 from actors.metrics import RaySink
 from actors.pulse import Pulse
 from actors.sampler import Committee
 from actors.streams import CONCURRENCY_GROUPS, InlineStreamingHandle, RayStreamingHandle
 from actors.weights import WeightStore
+from afm_rl.errors import UserError
+
+log = logging.getLogger(__name__)
+
+#: Seconds a cluster may take to place an actor before the launch fails.
+PLACEMENT_DEADLINE_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -84,3 +93,32 @@ def _ray_actor(declaration: ActorDeclaration, told: dict[str, Any]) -> RayHandle
         .remote(declaration.name, declaration.role, kwargs)
     )
     return (RayStreamingHandle if declaration.returns else RayHandle)(declaration.name, actor)
+
+
+def await_placement(handles: Sequence[Handle]) -> None:
+    """Every actor answers, also one whose process was lost meanwhile and came back.
+
+    Raises UserError with the name of one that cannot be placed, ActorLostError for one that is lost for good.
+    """
+    for handle in handles:
+        try:
+            if isinstance(handle, GroupHandle):
+                _await_group(handle)
+            else:
+                placed = handle.revive() if isinstance(handle, RayStreamingHandle) else handle.ping()
+                gather([placed], deadline_s=PLACEMENT_DEADLINE_S)
+        except DeadlineError as error:
+            raise UserError(
+                f"actor {handle.name} could not be placed within {PLACEMENT_DEADLINE_S:.0f} s: the cluster lacks the CPUs, "
+                "GPUs or nodes it asks for; compare `afm-rl plan FILE` with `ray status`"
+            ) from error
+
+
+def _await_group(group: GroupHandle) -> None:
+    """The group works. It has a deadline and messages of its own, and may lose a process already while it starts."""
+    while True:
+        try:
+            gather([group.ping()], deadline_s=math.inf)
+            return
+        except GroupRestartedError as error:
+            log.warning("%s", error)

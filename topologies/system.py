@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -18,8 +17,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.annotator import Annotator
-from actors.group import GroupHandle, GroupRestartedError, GroupSpec, start_group
-from actors.host import ActorStats, DeadlineError, Handle, gather
+from actors.group import GroupHandle, GroupSpec, start_group
+from actors.host import ActorStats, Handle
 from actors.jobs import LearnerSetup
 from actors.learner import Learner
 from actors.pulse import Pulse
@@ -35,7 +34,7 @@ from afm_rl.malloc import ACTOR_TUNABLES
 from afm_rl.sharding import MeshShape
 from topologies.actor_options import HEARTBEAT_S, Generating
 from topologies.schema import Topology
-from topologies.starting import ActorDeclaration, Starter
+from topologies.starting import ActorDeclaration, Starter, await_placement
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +44,6 @@ OBJECT_STORE_BYTES = 512 * 2**20
 SCALABLE = ("sampler", "committee", "reward")
 #: Rows that share a lookup table (5.2), where no stage says otherwise.
 PAPER_GROUP_SIZE = 16
-#: Seconds a cluster may take to place an actor before the launch fails.
-PLACEMENT_DEADLINE_S = 120.0
 
 
 @dataclass
@@ -226,7 +223,7 @@ def start(topology: Topology) -> Iterator[System]:
             closing(pulse),
         ):
             handles = starter.start_all(others) | {"learner": [group]}
-            _await_placement([h for hs in handles.values() for h in hs])
+            await_placement([h for hs in handles.values() for h in hs])
             yield _system(starter, handles, dashboard, topology.launcher)
     finally:
         ray.shutdown()
@@ -268,28 +265,3 @@ def _connect(topology: Topology) -> str | None:
             "use launcher: local"
         ) from error
     return f"http://{context.dashboard_url}" if context.dashboard_url else None
-
-
-def _await_placement(handles: list[Handle]) -> None:
-    """Every actor answers, or the launch fails with the names of those that cannot be placed."""
-    for handle in handles:
-        try:
-            if isinstance(handle, GroupHandle):
-                _await_group(handle)
-            else:
-                gather([handle.ping()], deadline_s=PLACEMENT_DEADLINE_S)
-        except DeadlineError as error:
-            raise UserError(
-                f"actor {handle.name} could not be placed within {PLACEMENT_DEADLINE_S:.0f} s: the cluster lacks the CPUs, "
-                "GPUs or nodes it asks for; compare `afm-rl plan FILE` with `ray status`"
-            ) from error
-
-
-def _await_group(group: GroupHandle) -> None:
-    """The group works. It has a deadline and messages of its own, and may lose a process already while it starts."""
-    while True:
-        try:
-            gather([group.ping()], deadline_s=math.inf)
-            return
-        except GroupRestartedError as error:
-            log.warning("%s", error)

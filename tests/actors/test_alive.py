@@ -28,6 +28,7 @@ from tests.actors.toy_policy import ENGINE, SPEC, request, weights
 from tests.processes import running
 from topologies.actor_options import Generating
 from topologies.generators import Generators
+from topologies.starting import await_placement
 
 pytestmark = pytest.mark.slow
 
@@ -69,6 +70,13 @@ class Adder(Pid):
         time.sleep(1.5)
         assert self._add is not None
         return [item + self._add for item in items]
+
+
+class Slow(Pid):
+    """Takes long to start."""
+
+    def __init__(self) -> None:
+        time.sleep(4)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -254,6 +262,16 @@ def test_work_survives_the_death_and_the_freezing_of_who_does_it() -> None:
     gather([handles[0].revive()], deadline_s=60)
     assert [score for part in pool.map("score", range(4)) for score in part] == [100, 101, 102, 103]
     pulse.close()
+
+
+def test_an_actor_lost_during_a_launch_is_waited_for() -> None:
+    """Guards the launch: a process killed while others are placed comes back, and the launch goes on."""
+    handle = start("slow", Slow)
+    pid = call(handle, "pid")
+    os.kill(pid, signal.SIGKILL)
+    time.sleep(1)  # Ray has seen it; the next life is not there yet
+    await_placement([handle])
+    assert call(handle, "pid") != pid
 
 
 def test_a_frozen_store_is_named(topology: Topology) -> None:

@@ -68,7 +68,7 @@ class Watch(TrainerCallback):
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._began = time.perf_counter()
 
-    def on_step_end(self, *_: Any, control: Any = None, **__: Any) -> None:
+    def on_step_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
         self.seconds["step"].append(time.perf_counter() - self._began)
         if self.until is not None and self.rewards[-1] >= self.until:
             control.should_training_stop = True
